@@ -1,0 +1,1 @@
+"""What every room stands on: config, console, errors, hardware, records, storage."""

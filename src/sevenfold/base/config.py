@@ -1,0 +1,233 @@
+"""One door for configuration: strict YAML in, frozen dataclasses out.
+
+YAML is read with the types of YAML 1.2 (``3e-4`` is a number, ``no`` is text), without tags,
+aliases or duplicate keys, and validated into the dataclass that sits beside the code it
+configures. An unknown key is refused with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, dataclass_transform
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from sevenfold.base.errors import UsageError, nearest
+
+T = TypeVar("T")
+MAX_YAML_BYTES = 1_000_000
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def configuration(cls: type[T]) -> type[T]:
+    """Make ``cls`` a frozen, keyword-only dataclass that :func:`build` can validate into."""
+    cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2 scalars, and neither aliases nor duplicate keys."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.events.AliasEvent):
+            event = self.peek_event()
+            raise UsageError(f"{_mark(event.start_mark)}: aliases are not read; write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise UsageError(
+                    f"{_mark(key_node.start_mark)}: key '{key}' stands twice; keep one of them"
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_StrictLoader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("bool", r"^(?:true|false)$", "tf"),
+    ("null", r"^(?:null|~|)$", ["n", "~", ""]),
+    ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", "-+0123456789"),
+    ("float", r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$", "-+.0123456789"),
+    ("float", r"^(?:[-+]?\.(?:inf|Inf)|\.(?:nan|NaN))$", "-+."),
+):
+    _StrictLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first)
+    )
+
+
+def _mark(mark: Any) -> str:
+    return f"{mark.name}:{mark.line + 1}:{mark.column + 1}"
+
+
+class Document(dict[str, Any]):
+    """A YAML mapping that remembers on which line each of its values stands."""
+
+    def __init__(self, values: Mapping[str, Any], path: str, lines: Mapping[tuple[Any, ...], int]):
+        """Keep ``values`` with the file and the lines they came from."""
+        super().__init__(values)
+        self.path = path
+        self.lines = dict(lines)
+
+
+def read_yaml(path: Path) -> Document:
+    """Read one YAML mapping from ``path``.
+
+    Errors:
+        UsageError: missing file, over 1 MB, malformed YAML, a tag, an alias, a duplicate key, a
+            number that is not finite, or something else than a mapping at the top.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; name an existing YAML file")
+    text = path.read_text(encoding="utf-8")
+    if len(text) > MAX_YAML_BYTES:
+        raise UsageError(f"{path}: {len(text)} characters; a configuration has at most 1 MB")
+    loader = _StrictLoader(text)
+    loader.name = str(path)
+    try:
+        node = loader.get_single_node()
+        values = loader.construct_document(node) if node is not None else None
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path}: not readable as YAML: {reason}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: expected 'key: value' lines at the top level")
+    lines: dict[tuple[Any, ...], int] = {}
+    _collect_lines(node, (), lines)
+    _refuse_infinite(values, str(path), (), lines)
+    return Document(values, str(path), lines)
+
+
+def _collect_lines(node: Any, where: tuple[Any, ...], lines: dict[tuple[Any, ...], int]) -> None:
+    lines[where] = node.start_mark.line + 1
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            _collect_lines(value_node, (*where, key_node.value), lines)
+            lines[(*where, key_node.value)] = key_node.start_mark.line + 1
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            _collect_lines(item, (*where, index), lines)
+
+
+def _refuse_infinite(
+    value: Any, path: str, where: tuple[Any, ...], lines: Mapping[tuple[Any, ...], int]
+) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_infinite(item, path, (*where, key), lines)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _refuse_infinite(item, path, (*where, index), lines)
+    elif isinstance(value, float) and not math.isfinite(value):
+        field = ".".join(map(str, where))
+        raise UsageError(f"{path}:{lines.get(where, 1)}:{field}: {value} is not a finite number")
+
+
+def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Return ``values`` with ``section.key=value`` assignments applied, values read as YAML.
+
+    Errors:
+        UsageError: an assignment without ``=``, or one that goes through a value that is no section.
+    """
+    result = Document(json.loads(json.dumps(values)), *_origin(values))
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not name:
+            raise UsageError(f"--set {assignment}: expected section.key=value")
+        value = _StrictLoader(text).get_single_data()
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"--set {assignment}: {value} is not a finite number")
+        *sections, key = name.split(".")
+        target: dict[str, Any] = result
+        for section in sections:
+            inner = target.setdefault(section, {})
+            if not isinstance(inner, dict):
+                raise UsageError(f"--set {assignment}: '{section}' is a value, not a section")
+            target = inner
+        target[key] = value
+        result.lines.pop((*sections, key), None)
+    return result
+
+
+def _origin(values: Mapping[str, Any]) -> tuple[str, Mapping[tuple[Any, ...], int]]:
+    if isinstance(values, Document):
+        return values.path, values.lines
+    return "configuration", {}
+
+
+def build(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Validate ``values`` into the configuration dataclass ``cls``.
+
+    Errors:
+        UsageError: the first problem found, as ``file:line:field: what, and what was expected``.
+    """
+    path, lines = _origin(values)
+    try:
+        return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        location = tuple(part for part in problem["loc"] if not _is_union_member(part))
+        line = next(
+            (lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in lines),
+            None,
+        )
+        field = ".".join(map(str, location))
+        where = f"{path}:{line}:{field}" if line else f"{path}:{field}"
+        if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            advice = nearest(str(location[-1]), _known_keys(cls, location[:-1]))
+            raise UsageError(f"{where}: unknown key{advice}") from None
+        if problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+            raise UsageError(f"{where}: missing; this key has no default") from None
+        message = problem["msg"].removeprefix("Value error, ")
+        found = json.dumps(problem["input"])[:80]
+        raise UsageError(f"{where}: found {found}; {message[0].lower()}{message[1:]}") from None
+
+
+def _is_union_member(part: int | str) -> bool:
+    """True for the type names that pydantic puts into the location of a union's error."""
+    return isinstance(part, str) and (part[:1].isupper() or "[" in part or part in _SCALARS)
+
+
+_SCALARS = {"int", "float", "str", "bool", "none"}
+
+
+def _known_keys(cls: Any, location: Sequence[Any]) -> list[str]:
+    for part in location:
+        if dataclasses.is_dataclass(cls):
+            cls = typing.get_type_hints(cls).get(str(part))
+        elif typing.get_origin(cls) in (dict, Mapping):
+            cls = typing.get_args(cls)[1]
+        else:
+            cls = next(iter(typing.get_args(cls)), None)
+        if typing.get_origin(cls) in (typing.Union, types.UnionType):
+            cls = next((a for a in typing.get_args(cls) if dataclasses.is_dataclass(a)), cls)
+    return [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+
+
+def to_plain(value: Any) -> Any:
+    """Return ``value`` (dataclasses, tuples and paths included) as what JSON can hold."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def fingerprint(value: Any) -> str:
+    """Return the SHA-256 (hex) of ``value`` as canonical JSON."""
+    text = json.dumps(to_plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,199 @@
+"""A run on disk: its folder, the record of each stage, and the door to promoted models."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sevenfold.base import storage
+from sevenfold.base.config import fingerprint
+from sevenfold.base.errors import GateRefusedError, UsageError, nearest
+
+STAGES = ("init", "pretrain", "sft", "dpo", "lora")
+GATED_STAGES = STAGES[1:]
+SCRIPTS = {
+    "init": "scripts/04_init_model.py",
+    "pretrain": "scripts/05_pretrain.py",
+    "sft": "scripts/07_sft.py",
+    "dpo": "scripts/09_dpo.py",
+    "lora": "scripts/10_lora.py",
+}
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "peft", "safetensors", "numpy")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run directory.
+
+    ``facts`` is what ``run.json`` holds: preset, the resolved recipe, its fingerprint, versions.
+    """
+
+    folder: Path
+    facts: dict[str, Any]
+
+    @property
+    def preset(self) -> str:
+        """Name of the preset, which is also the run's section in the gate file."""
+        return str(self.facts["preset"])
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The resolved recipe as plain values."""
+        return dict(self.facts["recipe"])
+
+    @property
+    def tokenizer(self) -> Path:
+        """Folder of the run's tokenizer."""
+        return self.folder / "tokenizer"
+
+    def data(self, name: str) -> Path:
+        """Folder of prepared data: raw, clean, packed, sft, dpo or lora."""
+        return self.folder / "data" / name
+
+    def stage(self, stage: str) -> Path:
+        """Folder of a stage."""
+        if stage not in STAGES:
+            raise UsageError(f"stage '{stage}' does not exist{nearest(stage, STAGES)}")
+        return self.folder / stage
+
+    def model(self, stage: str) -> Path:
+        """Hugging Face folder that a stage wrote."""
+        return self.stage(stage) / "model"
+
+    def record(self, stage: str) -> dict[str, Any]:
+        """Return ``record.json`` of a stage.
+
+        Errors:
+            UsageError: the stage has not been finished; the message names its script.
+        """
+        path = self.stage(stage) / "record.json"
+        if not path.is_file():
+            raise UsageError(f"{path}: {stage} has not finished yet; run {SCRIPTS[stage]} first")
+        record: dict[str, Any] = storage.read_json(path)
+        return record
+
+    def write_record(self, stage: str, record: Mapping[str, Any]) -> None:
+        """Write ``record.json`` of a stage."""
+        storage.write_json(self.stage(stage) / "record.json", record)
+
+
+def open_run(folder: Path) -> Run:
+    """Open an existing run directory.
+
+    Errors:
+        UsageError: there is no run, or its ``run.json`` lacks a field.
+    """
+    path = folder / "run.json"
+    if not path.is_file():
+        raise UsageError(f"{folder}: no run here; name an existing one with --run")
+    facts = storage.read_json(path)
+    for field in ("preset", "recipe", "fingerprint"):
+        if field not in facts:
+            raise UsageError(f"{path}: field '{field}' is missing; this is not a run of Sevenfold")
+    return Run(folder=folder, facts=facts)
+
+
+def write_run(folder: Path, *, preset: str, recipe: Mapping[str, Any]) -> Run:
+    """Write ``run.json`` for a new run, or with changed settings for an existing one."""
+    path = folder / "run.json"
+    created = storage.read_json(path)["created_at_s"] if path.is_file() else time.time()
+    facts = {
+        "preset": preset,
+        "fingerprint": fingerprint(recipe),
+        "created_at_s": created,
+        "code": code_version(),
+        "versions": package_versions(),
+        "recipe": dict(recipe),
+    }
+    storage.write_json(path, facts)
+    return Run(folder=folder, facts=facts)
+
+
+def code_version() -> str:
+    """Return the package version, and the git commit where the code is a checkout."""
+    version = importlib.metadata.version("sevenfold")
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return version
+    return f"{version}+{answer.stdout.strip()}" if answer.returncode == 0 else version
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that shape results."""
+    installed = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
+    versions = {name: installed[name] for name in (*PACKAGES, "torchao") if name in installed}
+    return {"python": platform.python_version(), **versions}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """A model that a stage may start from.
+
+    ``fingerprint`` identifies its bytes; ``forced`` is the reason given where no gate promoted it,
+    ``external`` is true for a folder from outside the run.
+    """
+
+    folder: Path
+    fingerprint: str
+    stage: str
+    forced: str | None = None
+    external: bool = False
+
+
+def open_promoted(run: Run, stage: str, *, force: str | None = None) -> Source:
+    """Return the model of ``stage`` if its gate promoted exactly these bytes.
+
+    Every file is hashed again, so a changed weight is noticed here.
+
+    Errors:
+        UsageError: the stage has not finished.
+        GateRefusedError: there is no verdict, it says no, or it is about other bytes; with
+            ``force`` this is recorded instead of raised.
+    """
+    run.record(stage)
+    folder = run.model(stage)
+    found = storage.verify_folder(folder)["fingerprint"]
+    if stage == "init":
+        return Source(folder=folder, fingerprint=found, stage=stage)
+    refusal = _refusal(run, stage, found)
+    if refusal and force is None:
+        raise GateRefusedError(f'{refusal}; to go on all the same, add --force "reason"')
+    return Source(
+        folder=folder, fingerprint=found, stage=stage, forced=force if refusal else None
+    )
+
+
+def _refusal(run: Run, stage: str, found: str) -> str | None:
+    """Return why ``stage`` is not promoted, or None."""
+    path = run.stage(stage) / "verdict.json"
+    judge = f"run scripts/11_evaluate.py {stage}, then scripts/12_check_gates.py {stage}"
+    if not path.is_file():
+        return f"{path}: {stage} has not been judged; {judge}"
+    verdict = storage.read_json(path)
+    if verdict.get("fingerprint") != found:
+        return f"{path}: the verdict is about another model than {run.model(stage)}; {judge}"
+    if verdict.get("promoted") is not True:
+        failed = [
+            f"{check.get('metric')} {check.get('result')}"
+            for check in verdict.get("checks", [])
+            if check.get("result") != "pass"
+        ]
+        return f"{path}: {stage} was not promoted ({', '.join(failed) or 'no check passed'})"
+    evidence = run.record(stage).get("evidence", {})
+    if evidence.get("verdict_sha256") != storage.sha256_file(path):
+        return f"{path}: the verdict was changed after the gate wrote it; {judge}"
+    return None
