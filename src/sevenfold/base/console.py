@@ -1,0 +1,291 @@
+"""What people see: lines, tables, the progress of a stage, and the log.
+
+Results and progress go to standard output, the log to standard error. A reader that goes away
+(``| head``, a closed terminal) never stops a run: what can no longer be shown is dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, TextIO, cast
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+# Plain lines are printed this often, whichever comes first, when nobody watches a bar move.
+PLAIN_LINES_PER_STAGE = 20
+PLAIN_LINE_EVERY_S = 60.0
+# Names of libraries that announce on import what they could not load; none of it is news.
+TALKATIVE = ("torchao", "datasets", "transformers", "peft", "urllib3", "filelock", "fsspec")
+
+
+class _LastingStream(io.TextIOBase):
+    """Standard output that survives its reader: errors while writing are swallowed."""
+
+    def __init__(self, name: str, *, below_bar: bool = False):
+        self._name = name
+        self._below_bar = below_bar
+
+    @property
+    def _stream(self) -> TextIO | None:
+        stream = getattr(sys, self._name, None)
+        # While a bar is shown, rich puts a proxy before the stream that prints above the bar; the
+        # bar itself must write past that proxy.
+        return getattr(stream, "rich_proxied_file", stream) if self._below_bar else stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            if self._stream is not None:
+                self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            if self._stream is not None:
+                self._stream.flush()
+
+    def isatty(self) -> bool:
+        with contextlib.suppress(OSError, ValueError):
+            return self._stream is not None and self._stream.isatty()
+        return False
+
+    def fileno(self) -> int:
+        if self._stream is None:
+            raise OSError("standard output is closed")
+        return self._stream.fileno()
+
+
+def output_console(*, below_bar: bool = False) -> Console:
+    """Return a console on standard output as it is now; plain text where it is no terminal."""
+    stream = _LastingStream("stdout", below_bar=below_bar)
+    # A file or a pipe has no width: long lines are left to whoever reads them.
+    width = None if stream.isatty() else 160
+    file = cast("TextIO", stream)
+    return Console(file=file, highlight=False, soft_wrap=True, width=width)
+
+
+class _LogHandler(logging.Handler):
+    """One line a record on standard error, without what a terminal bar would be torn by."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        stream = _LastingStream("stderr")
+        stream.write(f"{level}{self.format(record)}\n")
+        stream.flush()
+
+
+def setup_logging(*, debug: bool = False) -> None:
+    """Send the package's log to standard error: from INFO on, with ``debug`` everything."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if isinstance(handler, _LogHandler):
+            root.removeHandler(handler)
+    handler = _LogHandler()
+    if debug:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG if debug else logging.WARNING)
+    logging.getLogger("sevenfold").setLevel(logging.DEBUG if debug else logging.INFO)
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING if debug else logging.ERROR)
+
+
+def silence_libraries() -> None:
+    """Turn off the progress bars and advice of the libraries, unless the user asked for them.
+
+    Call it before they are imported: most of them read these variables only then.
+    """
+    quiet = {
+        "DATASETS_VERBOSITY": "error",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "true",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+    }
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+
+
+def print_line(text: str = "", *, style: str | None = None) -> None:
+    """Print one line to standard output; ``style`` (``bold``, ``green``) shows in a terminal."""
+    output_console().print(Text(text, style=style or ""))
+
+
+def print_raw(text: str) -> None:
+    """Print ``text`` as it is, without a line break: for streamed answers."""
+    stream = _LastingStream("stdout")
+    stream.write(text)
+    stream.flush()
+
+
+def print_error(message: str) -> None:
+    """Print one line to standard error."""
+    stream = _LastingStream("stderr")
+    stream.write(f"error: {' '.join(message.split())}\n")
+    stream.flush()
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table; a cell may be a number, a text or a rich Text, None is a dash."""
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for name in columns:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else _cell(cell) for cell in row))
+    output_console().print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+def detach_output() -> None:
+    """Let the interpreter end quietly when standard output or error was closed under it."""
+    for name in ("stdout", "stderr"):
+        stream: TextIO | None = getattr(sys, name, None)
+        if stream is None:
+            continue
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def duration(seconds: float) -> str:
+    """Return ``seconds`` as people say it: 42 s, 3:05, 2:07:30."""
+    whole = round(max(seconds, 0.0))
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def describe_step(row: Mapping[str, Any]) -> str:
+    """Return a row of ``metrics.jsonl`` as one readable line; what the row lacks is left out."""
+    shapes = (
+        ("loss", "loss {:.4f}"),
+        ("validation_loss", "held-out {:.4f}"),
+        ("lr", "lr {:.2e}"),
+        ("seq_len", "context {}"),
+        ("tok_s", "{:,.0f} tok/s"),
+        ("mfu", "MFU {:.1%}"),
+        ("mem_gib", "{:.1f} GiB"),
+    )
+    return "  ".join(
+        shape.format(row[name]) for name, shape in shapes if isinstance(row.get(name), int | float)
+    )
+
+
+class TrainingProgress:
+    """The progress of one training stage, drawn from the rows that go to ``metrics.jsonl``.
+
+    In a terminal it is a bar; elsewhere about twenty plain lines a stage, and one a minute. Use it
+    as a context manager, on one process only.
+    """
+
+    def __init__(
+        self, title: str, *, num_steps: int, start_step: int = 0, enabled: bool = True
+    ) -> None:
+        """Show steps ``start_step`` to ``num_steps`` of the stage named ``title``."""
+        self._title = title
+        self._num_steps = num_steps
+        self._start_step = start_step
+        self._enabled = enabled
+        self._console = output_console(below_bar=True)
+        self._started_at_s = time.monotonic()
+        self._line_at_s = self._started_at_s
+        self._bar: Progress | None = None
+        self._held_out: dict[str, Any] = {}
+
+    def __enter__(self) -> TrainingProgress:
+        self._started_at_s = self._line_at_s = time.monotonic()
+        if self._enabled and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed}/{task.total}  {task.fields[facts]}"),
+                console=self._console,
+                refresh_per_second=4,
+            )
+            self._bar.add_task(
+                self._title, total=self._num_steps, completed=self._start_step, facts=""
+            )
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, row: Mapping[str, Any]) -> None:
+        """Show one row; a row without ``loss`` (a held-out measurement) is kept for the next."""
+        if not self._enabled:
+            return
+        if row.get("validation_loss") is not None:
+            self._held_out = {"validation_loss": row["validation_loss"]}
+        if row.get("loss") is None:
+            return
+        step = int(row["step"])
+        facts = describe_step({**self._held_out, **row})
+        left = self._time_left(step)
+        if left is not None:
+            facts += f"  {left} left"
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step, facts=facts)
+        elif self._is_due(step):
+            self._line_at_s = time.monotonic()
+            self._console.print(Text(f"{self._title} {step}/{self._num_steps}  {facts}"))
+
+    def _is_due(self, step: int) -> bool:
+        every = max(1, self._num_steps // PLAIN_LINES_PER_STAGE)
+        waited = time.monotonic() - self._line_at_s
+        return step % every == 0 or step == self._num_steps or waited >= PLAIN_LINE_EVERY_S
+
+    def _time_left(self, step: int) -> str | None:
+        done = step - self._start_step
+        if done <= 0 or step >= self._num_steps:
+            return None
+        elapsed_s = time.monotonic() - self._started_at_s
+        return duration(elapsed_s / done * (self._num_steps - step))
+
+
+@contextlib.contextmanager
+def working(text: str) -> Iterator[None]:
+    """Say what is being done while it takes a moment, and how long it took."""
+    console = output_console(below_bar=True)
+    started_at_s = time.monotonic()
+    if not console.is_terminal:
+        console.print(Text(f"{text} ..."))
+        yield
+        return
+    with console.status(text):
+        yield
+    elapsed = duration(time.monotonic() - started_at_s)
+    console.print(Text(f"{text}: {elapsed}", style="dim"))
