@@ -1,0 +1,117 @@
+"""Optional Triton kernels: Liger's patches of transformers' Llama, and cut cross-entropy (CCE).
+
+Liger works by replacing classes and functions of transformers' Llama module, so it must run before
+a model is built from them: a model that exists keeps the classes it was built from.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import logging
+import weakref
+from types import ModuleType
+from typing import Any, TypedDict
+
+import torch
+
+from sevenfold.base.config import configuration
+from sevenfold.base.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+_built_models: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+_active: dict[str, bool] = {"liger": False, "cce": False}
+
+
+@configuration
+class KernelConfig:
+    """Which optional kernels to use; at most one of the two."""
+
+    liger: bool
+    cce: bool
+
+    def __post_init__(self) -> None:
+        """Refuse both at once."""
+        if self.liger and self.cce:
+            raise ValueError("liger and cce are mutually exclusive; set one of them to false")
+
+
+class ActiveKernels(TypedDict):
+    """What :func:`setup_kernel_optimizations` has put into place in this process."""
+
+    liger: bool
+    cce: bool
+    liger_fused_linear_cross_entropy: bool
+
+
+def note_model(model: torch.nn.Module) -> None:
+    """Remember that ``model`` was built, so that patching afterwards is refused."""
+    _built_models.add(model)
+
+
+def active_kernels() -> ActiveKernels:
+    """Say which kernels are in place."""
+    return ActiveKernels(
+        liger=_active["liger"], cce=_active["cce"], liger_fused_linear_cross_entropy=False
+    )
+
+
+def setup_kernel_optimizations(*, liger: bool = False, cce: bool = False) -> ActiveKernels:
+    """Put the asked kernels into place; call it before any model is built.
+
+    Liger replaces RoPE, RMSNorm and SwiGLU. Its own fused linear cross-entropy stays off always:
+    the loss belongs to the objective, which CCE serves.
+
+    Errors:
+        UsageError: both are asked for; a model exists already; there is no GPU; the package is
+            missing; or Liger was put into place earlier in this process and is now unwanted.
+    """
+    if liger and cce:
+        raise UsageError(
+            "kernels: liger and cce are mutually exclusive; set kernels.liger or kernels.cce to "
+            "false"
+        )
+    gc.collect()
+    if len(_built_models):
+        names = ", ".join(sorted({type(model).__name__ for model in _built_models}))
+        raise UsageError(
+            f"setup_kernel_optimizations was called after a model was built ({names}); the "
+            "kernels patch the model's classes, so call it before initialize or load_model"
+        )
+    if _active["liger"] and not liger:
+        raise UsageError(
+            "Liger's kernels are in place in this process and cannot be taken out; start a new "
+            "process to train without them"
+        )
+    if (liger or cce) and not torch.cuda.is_available():
+        asked = "liger" if liger else "cce"
+        raise UsageError(
+            f"kernels.{asked}: its Triton kernels need an NVIDIA GPU and this machine has none; "
+            f"set kernels.{asked}=false"
+        )
+    if liger and not _active["liger"]:
+        # The arguments are the rule: Liger never takes over the loss.
+        _import("liger_kernel.transformers", "liger").apply_liger_kernel_to_llama(
+            rope=True,
+            rms_norm=True,
+            swiglu=True,
+            cross_entropy=False,
+            fused_linear_cross_entropy=False,
+        )
+    if cce:
+        _import("cut_cross_entropy", "cce")
+    _active.update(liger=liger, cce=cce)
+    log.debug("kernels in place: %s", _active)
+    return active_kernels()
+
+
+def _import(module: str, setting: str) -> ModuleType | Any:
+    """Import a Triton package late: it costs seconds, and fails where there is no GPU."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UsageError(
+            f"kernels.{setting}: cannot import {module} ({error}); install it with "
+            f"pip install 'sevenfold[kernels]', or set kernels.{setting}=false"
+        ) from error

@@ -1,0 +1,367 @@
+"""Building, loading and exporting a model: transformers' LlamaForCausalLM from our configuration."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from sevenfold.base import storage
+from sevenfold.base.config import configuration
+from sevenfold.base.errors import BadDataError, CheckpointError, DivergedError, UsageError
+from sevenfold.model.config import ModelConfig
+from sevenfold.model.kernels import note_model
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What a compiler or a checkpointing wrapper puts into the names of a model's weights.
+WRAPPER_NAMES = ("_orig_mod.", "_checkpoint_wrapped_module.")
+RESIDUAL_PROJECTIONS = ("o_proj.weight", "down_proj.weight")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+# Tokens that end a turn, in our template and in those of models people start from.
+END_OF_TURN = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<|eot|>", "<end_of_turn>", "</s>")
+MAX_SHARD_SIZE = "5GB"
+LOSS_TOLERANCE = 0.05
+
+
+@configuration
+class InitConfig:
+    """How the initial weights are drawn, and how models of the run are stored.
+
+    Errors:
+        ValueError: ``std`` is not above 0.
+    """
+
+    std: float
+    """Standard deviation of the normal distribution that matrices are drawn from."""
+    scale_residual: bool
+    """Divide the spread of the matrices that write into the residual by sqrt(2 x layers)."""
+    dtype: Literal["float32", "bfloat16"]
+    """Type of the weights in the run's model folders."""
+
+    def __post_init__(self) -> None:
+        """Refuse a spread that draws nothing."""
+        if not self.std > 0:
+            raise ValueError(f"std is {self.std}; it must be above 0")
+
+
+def initialize(
+    config: ModelConfig,
+    init: InitConfig,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> LlamaForCausalLM:
+    """Build a model with fresh weights that depend on ``seed`` and their names only.
+
+    Every matrix is drawn on the CPU in fp32 from a generator of its own, so neither the device
+    nor the order nor the number of threads changes a bit. Norms start at one. An untied head is
+    drawn with a spread of at most 0.5 / sqrt(hidden_size), so that the first loss is near
+    ln(vocab_size) at any width.
+    """
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config.to_hf())
+    model.to_empty(device=device)
+    model.to(dtype)
+    # Rotary frequencies are no weights: made anew, in fp32, since the meta device holds no values.
+    rotary = type(model.model.rotary_emb)(config=model.config)
+    model.model.rotary_emb = rotary.to(device)
+    model.tie_weights()
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        drawn = [
+            pool.submit(_draw, parameter, name, _spread(name, config, init), seed)
+            for name, parameter in model.named_parameters()
+        ]
+        for future in drawn:
+            future.result()
+    note_model(model)
+    return model
+
+
+def _spread(name: str, config: ModelConfig, init: InitConfig) -> float:
+    if name == "lm_head.weight":
+        return min(init.std, 0.5 / math.sqrt(config.hidden_size))
+    if init.scale_residual and name.endswith(RESIDUAL_PROJECTIONS):
+        return init.std / math.sqrt(2 * config.num_layers)
+    return init.std
+
+
+@torch.no_grad()
+def _draw(parameter: nn.Parameter, name: str, std: float, seed: int) -> None:
+    if parameter.ndim == 1:
+        parameter.fill_(1.0)
+        return
+    values = torch.empty(parameter.shape, dtype=torch.float32)
+    values.normal_(0.0, std, generator=named_generator(seed, name))
+    parameter.copy_(values)
+
+
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """Return a CPU generator that depends on ``seed`` and ``name`` only."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def load_model(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    attn_implementation: str = "sdpa",
+) -> PreTrainedModel:
+    """Load one of our model folders, or any Hugging Face causal model on this disk.
+
+    Only safetensors are read, and no code that lies in the folder is run.
+
+    Errors:
+        UsageError: the folder is no Hugging Face model folder.
+        CheckpointError: weights are missing, left over, of another shape, or not readable.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    if not (folder / "config.json").is_file():
+        raise UsageError(
+            f"{folder}: no config.json here; name a Hugging Face folder with config.json and "
+            "model*.safetensors"
+        )
+    if not list(folder.glob("*.safetensors")):
+        raise UsageError(
+            f"{folder}: no *.safetensors here, and other weight files are not read; convert the "
+            "model with save_pretrained"
+        )
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{folder}: does not load as a causal language model: {reason}; "
+            "use a complete folder of a model that transformers knows"
+        ) from error
+    wrong = [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: {len(wrong)} weights are missing, left over or of another shape than "
+            f"config.json says, first '{sorted(map(str, wrong))[0]}'; export the model again"
+        )
+    model.to(device)
+    note_model(model)
+    return model
+
+
+def unwrap_compiled_model(model: nn.Module) -> nn.Module:
+    """Return the model inside what ``torch.compile(model)`` returned, or ``model`` itself."""
+    while hasattr(model, "_orig_mod"):
+        model = model._orig_mod
+    return model
+
+
+def plain_name(name: str) -> str:
+    """Return the name a weight has without compiling and checkpointing wrappers."""
+    for wrapper in WRAPPER_NAMES:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def save_model(
+    model: nn.Module,
+    tokenizer_folder: Path,
+    target: Path,
+    dtype: torch.dtype,
+    *,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    **facts: Any,
+) -> dict[str, Any]:
+    """Write ``model`` with its tokenizer as a Hugging Face folder, and return its manifest.
+
+    Args:
+        model: the model, compiled or not; an adapter must have been merged.
+        tokenizer_folder: the tokenizer whose entries the model's vocabulary rows belong to.
+        target: the folder to make; an existing one is replaced when the new one is complete.
+        dtype: type of the weights written.
+        state_dict: all weights, where ``model`` itself holds only a share of them.
+        facts: what else the manifest should hold.
+
+    Errors:
+        BadDataError: the tokenizer has another number of entries than the model has rows.
+        CheckpointError: the given weights are not exactly this model's.
+        DivergedError: a weight is not finite.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    inner: Any = unwrap_compiled_model(model)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    check_vocabulary(tokenizer, tokenizer_folder, inner.config.get_text_config().vocab_size)
+    state = _state_to_save(inner, state_dict, dtype)
+    with storage.new_folder(target, kind="model", **facts) as folder:
+        config = copy.deepcopy(inner.config)
+        config.architectures = [type(inner).__name__]
+        config.dtype = dtype
+        config.use_cache = True
+        config.bos_token_id = tokenizer.bos_token_id
+        config.eos_token_id = tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+        config.save_pretrained(folder)
+        _generation_config(tokenizer).save_pretrained(folder)
+        save_torch_state_dict(
+            state, folder, max_shard_size=MAX_SHARD_SIZE, metadata={"format": "pt"}
+        )
+        for name in TOKENIZER_FILES:
+            if (tokenizer_folder / name).is_file():
+                storage.write_bytes(folder / name, (tokenizer_folder / name).read_bytes())
+    return storage.read_manifest(target)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of ``folder``.
+
+    Errors:
+        UsageError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer_config.json").is_file():
+        raise UsageError(
+            f"{folder}: no tokenizer here; run scripts/03_tokenize_and_pack.py first, or name a "
+            "folder with tokenizer.json and tokenizer_config.json"
+        )
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    return tokenizer
+
+
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, tokenizer_folder: Path, num_rows: int
+) -> None:
+    """Refuse a tokenizer that has another number of entries than the model has rows.
+
+    Errors:
+        BadDataError: the two numbers differ.
+    """
+    if len(tokenizer) != num_rows:
+        raise BadDataError(
+            f"{tokenizer_folder}: {len(tokenizer)} entries, but the model has {num_rows} "
+            "vocabulary rows; every row needs a token, so train the tokenizer with "
+            f"vocab_size {num_rows} or set the model's vocab_size to {len(tokenizer)}"
+        )
+
+
+def _state_to_save(
+    model: Any, given: Mapping[str, torch.Tensor] | None, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Return the weights under plain names, on the CPU, tied ones once."""
+    tied = set(model.all_tied_weights_keys)
+    expected = {plain_name(name) for name in model.state_dict()} - tied
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in (model.state_dict() if given is None else given).items():
+        if plain_name(name) in tied:
+            continue
+        kept = dtype if tensor.is_floating_point() else tensor.dtype
+        state[plain_name(name)] = tensor.detach().to(device="cpu", dtype=kept).contiguous()
+    if wrong := sorted(expected ^ set(state)):
+        raise CheckpointError(
+            f"{len(wrong)} weights are missing or do not belong to {type(model).__name__}, first "
+            f"'{wrong[0]}'; nothing was written; give the gathered weights of this very model"
+        )
+    for name, tensor in state.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise DivergedError(
+                f"weight '{name}' holds NaN or infinity; nothing was written; go back to an "
+                "earlier checkpoint and lower the learning rate"
+            )
+    return state
+
+
+def _generation_config(tokenizer: PreTrainedTokenizerBase) -> Any:
+    from transformers import GenerationConfig
+
+    from sevenfold.data.tokenizer import reserved_ids
+
+    vocabulary = tokenizer.get_vocab()
+    ends = [tokenizer.eos_token_id, *(vocabulary.get(token) for token in END_OF_TURN)]
+    reserved = sorted(reserved_ids(tokenizer))
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=list(dict.fromkeys(end for end in ends if end is not None)),
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=reserved or None,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StartCheck:
+    """What was measured on an untrained model; losses in nats per token."""
+
+    loss: float
+    expected_loss: float
+    num_parameters: int
+
+
+@torch.no_grad()
+def check_start(model: LlamaForCausalLM, seed: int) -> StartCheck:
+    """Check that an untrained model knows nothing and that no token sees a later one.
+
+    Errors:
+        UsageError: the loss on random tokens is more than 5 % off ln(vocab_size), or changing a
+            token changes logits before it.
+    """
+    config = model.config
+    length = min(64, config.max_position_embeddings)
+    ids_bt = torch.randint(
+        config.vocab_size, (4, length), generator=named_generator(seed, "check_start")
+    ).to(model.device)
+    model.eval()
+    logits_btv = model(input_ids=ids_bt, use_cache=False).logits.float()
+    loss = nn.functional.cross_entropy(logits_btv[:, :-1].flatten(0, 1), ids_bt[:, 1:].flatten())
+    expected = math.log(config.vocab_size)
+    if not abs(loss.item() - expected) <= LOSS_TOLERANCE * expected:
+        raise UsageError(
+            f"the untrained model's loss is {loss.item():.3f}, more than 5 % off ln(vocab_size) = "
+            f"{expected:.3f}; set a smaller init.std"
+        )
+    changed_bt = ids_bt.clone()
+    changed_bt[:, length // 2 :] = (changed_bt[:, length // 2 :] + 1) % config.vocab_size
+    again_btv = model(input_ids=changed_bt, use_cache=False).logits.float()
+    before = slice(0, length // 2)
+    if not torch.allclose(logits_btv[:, before], again_btv[:, before], rtol=1e-4, atol=1e-4):
+        raise UsageError(
+            f"changing token {length // 2} changed logits before it: attention "
+            f"'{config._attn_implementation}' is not causal; use another one"
+        )
+    model.train()
+    return StartCheck(
+        loss=loss.item(),
+        expected_loss=expected,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
