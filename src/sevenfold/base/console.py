@@ -217,6 +217,7 @@ class TrainingProgress:
         self._started_at_s = time.monotonic()
         self._line_at_s = self._started_at_s
         self._bar: Progress | None = None
+        self._line_at_step = start_step
         self._held_out: dict[str, Any] = {}
 
     def __enter__(self) -> TrainingProgress:
@@ -260,13 +261,14 @@ class TrainingProgress:
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, facts=facts)
         elif self._is_due(step):
-            self._line_at_s = time.monotonic()
+            self._line_at_s, self._line_at_step = time.monotonic(), step
             self._console.print(Text(f"{self._title} {step}/{self._num_steps}  {facts}"))
 
     def _is_due(self, step: int) -> bool:
         every = max(1, self._num_steps // PLAIN_LINES_PER_STAGE)
         waited = time.monotonic() - self._line_at_s
-        return step % every == 0 or step == self._num_steps or waited >= PLAIN_LINE_EVERY_S
+        is_far = step - self._line_at_step >= every
+        return is_far or step >= self._num_steps or waited >= PLAIN_LINE_EVERY_S
 
     def _time_left(self, step: int) -> str | None:
         done = step - self._start_step
