@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import logging
 import math
@@ -22,6 +23,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sevenfold.base.errors import BadDataError, RunInUseError, SevenfoldError, UsageError
 
@@ -289,6 +293,19 @@ def verify_folder(folder: Path, error: type[SevenfoldError] = BadDataError) -> d
         if sha256_file(path) != file["sha256"]:
             raise error(f"{path}: its SHA-256 is not the manifest's; the file has changed")
     return manifest
+
+
+def write_array(path: Path, array: NDArray[Any]) -> None:
+    """Write ``array`` to ``path`` atomically, as ``.npy`` without objects."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    write_bytes(path, buffer.getvalue())
+
+
+def read_array(path: Path) -> NDArray[Any]:
+    """Read what :func:`write_array` wrote; objects are never loaded."""
+    array: NDArray[Any] = np.load(path, allow_pickle=False)
+    return array
 
 
 class JsonLines:

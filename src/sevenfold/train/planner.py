@@ -14,8 +14,9 @@ measured on one H100 with the 7B at 2048 tokens, 8-bit AdamW and CCE:
     fp8 tensorwise, micro-batch 4, 4     66 GiB    67.5 GiB   +2.2 %
     ===================================  ========  =========  ======
 
-One constant (``OVERHEAD_GIB``) was fitted to these six; the rest is counted. Nothing else has been compared with a measurement yet: recomputation, fp32 weights, sharding over
-several GPUs, LoRA, and uncompiled layers follow from the same counting and may be further off.
+One constant (``OVERHEAD_GIB``) was fitted to these six; the rest is counted. Nothing else has been
+compared with a measurement yet: recomputation, fp32 weights, sharding over several GPUs, LoRA, and
+uncompiled layers follow from the same counting and may be further off.
 
 Letters in the formulas: h hidden size, f intermediate size, q and k width of all query and all
 key-value heads, n tokens in a micro-batch, v vocabulary.
@@ -177,7 +178,8 @@ def _tokens_per_s(rate: Rate | None, flops_per_token: float) -> tuple[float | No
         return None, "unknown"
     if rate.tokens_per_s is not None:
         return rate.tokens_per_s, "measured"
-    assert rate.assumed_mfu is not None and rate.peak_flops
+    assert rate.assumed_mfu is not None
+    assert rate.peak_flops is not None
     share = f"assumed: {rate.assumed_mfu:.0%} of {rate.peak_flops / 1e12:.0f} TFLOP/s"
     return rate.assumed_mfu * rate.peak_flops / flops_per_token, share
 

@@ -1,0 +1,412 @@
+"""What a step trains on: a pure function of the seed and the step number.
+
+Nothing has to be remembered to go on after a stop: the rows of step n are rows n*R to (n+1)*R of
+an endless sequence in which every epoch is shuffled by (seed, epoch). A curriculum only cuts the
+same rows shorter, so every step has the same number of tokens.
+
+Shapes: b rows, t tokens, s examples in a row.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sevenfold.base.errors import UsageError
+
+NO_TARGET = -100
+PAIR, ANSWER = 1, 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows of packed documents.
+
+    ``targets_bt`` holds the token to predict at each position, or -100; ``documents_bt`` is None
+    where rows are plain causal text. For preferences, ``answers_bt`` numbers the answers within
+    their row (-1 elsewhere), ``examples_bs`` says what example s of a row is (0 nothing, 1 a pair
+    made of answers 2s and 2s+1, 2 a single answer 2s), ``reference_bs2`` holds the reference
+    model's log-probabilities of the two.
+    """
+
+    inputs_bt: Tensor
+    targets_bt: Tensor
+    positions_bt: Tensor
+    documents_bt: Tensor | None
+    answers_bt: Tensor | None = None
+    examples_bs: Tensor | None = None
+    reference_bs2: Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+        return self.inputs_bt.shape[0]
+
+    def rows(self, start: int, stop: int, step: int = 1) -> Batch:
+        """Return rows ``start:stop:step``."""
+        return self._map(lambda tensor: tensor[start:stop:step])
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy to ``device``."""
+        if device.type == "cpu":
+            return self
+        return self._map(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
+
+    def _map(self, change: Any) -> Batch:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Batch(**{name: None if v is None else change(v) for name, v in values.items()})
+
+    def split(self, num_rows: int) -> Iterator[Batch]:
+        """Yield micro-batches of at most ``num_rows`` rows."""
+        for start in range(0, self.num_rows, num_rows):
+            yield self.rows(start, start + num_rows)
+
+
+class Phase(Protocol):
+    """Part of a curriculum: rows of ``length`` tokens until this fraction of the steps is done."""
+
+    @property
+    def length(self) -> int:
+        """Tokens in a row."""
+
+    @property
+    def until(self) -> float:
+        """Fraction of the steps at which the phase ends."""
+
+
+class RowSource(Protocol):
+    """Numbered rows that can be made into a batch of any of the curriculum's lengths."""
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+
+    @property
+    def row_length(self) -> int:
+        """Tokens in a row."""
+
+    def batch(self, indices: NDArray[np.int64], length: int) -> Batch:
+        """Return these rows, cut into pieces of ``length`` tokens."""
+
+
+class TokenTable(Protocol):
+    """Rows of token ids on disk (``data.shards.TokenShards``)."""
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+
+    @property
+    def row_length(self) -> int:
+        """Tokens in a row."""
+
+    def rows(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return [n, row_length] ids."""
+
+
+class PackedText:
+    """Pretraining rows; with a ``bos_id``, documents cannot see each other."""
+
+    def __init__(self, table: TokenTable, *, bos_id: int | None):
+        """Read rows from ``table``; documents start at ``bos_id``, None for plain causal rows."""
+        self.table = table
+        self.bos_id = bos_id
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+        return self.table.num_rows
+
+    @property
+    def row_length(self) -> int:
+        """Tokens in a row."""
+        return self.table.row_length
+
+    def batch(self, indices: NDArray[np.int64], length: int) -> Batch:
+        """Return the rows, cut into pieces of ``length`` tokens."""
+        ids = self.table.rows(indices).reshape(-1, length)
+        targets = np.full_like(ids, NO_TARGET)
+        targets[:, :-1] = ids[:, 1:]
+        positions = np.broadcast_to(np.arange(length), ids.shape)
+        documents = None
+        if self.bos_id is not None:
+            starts = ids == self.bos_id
+            documents = np.cumsum(starts, axis=1)
+            targets[:, :-1][starts[:, 1:]] = NO_TARGET
+            positions = _positions(documents)
+        return Batch(
+            inputs_bt=torch.from_numpy(ids),
+            targets_bt=torch.from_numpy(targets),
+            positions_bt=torch.from_numpy(np.ascontiguousarray(positions)),
+            documents_bt=None if documents is None else torch.from_numpy(documents),
+        )
+
+
+def _positions(documents: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return each token's position within its document; documents are contiguous in a row."""
+    index = np.broadcast_to(np.arange(documents.shape[1]), documents.shape)
+    first = np.ones_like(documents, dtype=bool)
+    first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return index - np.maximum.accumulate(np.where(first, index, 0), axis=1)
+
+
+def best_fit(lengths: Sequence[int], capacity: int, *, seed: int) -> list[list[int]]:
+    """Pack items into as few rows of ``capacity`` as best-fit-decreasing finds.
+
+    Items of equal length are taken in an order drawn from ``seed``, so that neighbours in the
+    data do not end up in one row.
+    """
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    order = order[np.argsort(-np.asarray(lengths)[order], kind="stable")]
+    packs: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, pack), sorted
+    for item in order.tolist():
+        need = lengths[item]
+        if need > capacity:
+            raise UsageError(f"item {item} has {need} tokens; a row holds {capacity}")
+        found = bisect.bisect_left(room, (need, -1))
+        if found == len(room):
+            packs.append([item])
+            left, pack = capacity - need, len(packs) - 1
+        else:
+            left, pack = room.pop(found)
+            packs[pack].append(item)
+            left -= need
+        bisect.insort(room, (left, pack))
+    return packs
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One document of a row: its tokens, and which of them carry loss."""
+
+    ids: Sequence[int]
+    mask: Sequence[int]
+
+
+class PackedConversations:
+    """SFT rows: whole documents, best-fit packed, loss where the mask says so."""
+
+    def __init__(self, pieces: Sequence[Piece], row_length: int, *, pad_id: int, seed: int):
+        """Pack ``pieces`` into rows of ``row_length`` tokens."""
+        self.pieces = pieces
+        self.row_length = row_length
+        self.pad_id = pad_id
+        self.packs = best_fit([len(piece.ids) for piece in pieces], row_length, seed=seed)
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+        return len(self.packs)
+
+    @property
+    def fill(self) -> float:
+        """Fraction of all positions that is not padding."""
+        used = sum(len(piece.ids) for piece in self.pieces)
+        return used / (self.num_rows * self.row_length)
+
+    def batch(self, indices: NDArray[np.int64], length: int) -> Batch:
+        """Return the rows; ``length`` must be the row length, since documents stay whole."""
+        _require_whole(length, self.row_length)
+        rows = [[self.pieces[item] for item in self.packs[i]] for i in indices.tolist()]
+        return _lay_out(rows, length, self.pad_id)
+
+
+def _require_whole(length: int, row_length: int) -> None:
+    if length != row_length:
+        raise UsageError(
+            f"contexts: length {length}, but packed rows have {row_length} tokens; "
+            "this stage takes one context length"
+        )
+
+
+def _lay_out(rows: Sequence[Sequence[Piece]], length: int, pad_id: int) -> Batch:
+    shape = (len(rows), length)
+    ids = np.full(shape, pad_id, dtype=np.int64)
+    targets = np.full(shape, NO_TARGET, dtype=np.int64)
+    documents = np.full(shape, -1, dtype=np.int64)
+    for r, row in enumerate(rows):
+        start = 0
+        for number, piece in enumerate(row):
+            stop = start + len(piece.ids)
+            ids[r, start:stop] = piece.ids
+            documents[r, start:stop] = number
+            carries = np.asarray(piece.mask[1:], dtype=bool)
+            targets[r, start : stop - 1][carries] = ids[r, start + 1 : stop][carries]
+            start = stop
+    return Batch(
+        inputs_bt=torch.from_numpy(ids),
+        targets_bt=torch.from_numpy(targets),
+        positions_bt=torch.from_numpy(_positions(documents)),
+        documents_bt=torch.from_numpy(documents),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """A prompt with its chosen and rejected answer; no rejected one for a plain answer."""
+
+    prompt: Sequence[int]
+    chosen: Sequence[int]
+    rejected: Sequence[int]
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """The documents of this example: prompt and answer, once or twice."""
+        answers = [self.chosen, self.rejected] if self.rejected else [self.chosen]
+        return [
+            Piece([*self.prompt, *answer], [0] * len(self.prompt) + [1] * len(answer))
+            for answer in answers
+        ]
+
+
+class PackedPreferences:
+    """DPO rows: the two documents of a pair stand in one row, several pairs to a row."""
+
+    def __init__(
+        self,
+        preferences: Sequence[Preference],
+        row_length: int,
+        *,
+        pad_id: int,
+        seed: int,
+        reference_n2: NDArray[np.float32] | None = None,
+    ):
+        """Pack; ``reference_n2`` [n, 2] are the reference model's log-probabilities in nats."""
+        self.preferences = preferences
+        self.row_length = row_length
+        self.pad_id = pad_id
+        self.reference_n2 = reference_n2
+        sizes = [sum(len(piece.ids) for piece in p.pieces) for p in preferences]
+        self.packs = best_fit(sizes, row_length, seed=seed)
+        self.examples_per_row = max(map(len, self.packs), default=0)
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+        return len(self.packs)
+
+    def batch(self, indices: NDArray[np.int64], length: int) -> Batch:
+        """Return the rows with their answers numbered."""
+        _require_whole(length, self.row_length)
+        packs = [self.packs[i] for i in indices.tolist()]
+        rows = [[piece for n in pack for piece in self.preferences[n].pieces] for pack in packs]
+        laid = _lay_out(rows, length, self.pad_id)
+        shape = (len(packs), self.examples_per_row)
+        kinds = np.zeros(shape, dtype=np.int64)
+        reference = np.zeros((*shape, 2), dtype=np.float32)
+        answers = np.full((len(packs), length), -1, dtype=np.int64)
+        for r, pack in enumerate(packs):
+            start = 0
+            for s, n in enumerate(pack):
+                kinds[r, s] = PAIR if self.preferences[n].rejected else ANSWER
+                if self.reference_n2 is not None:
+                    reference[r, s] = self.reference_n2[n]
+                for side, piece in enumerate(self.preferences[n].pieces):
+                    answers[r, start : start + len(piece.ids)] = 2 * s + side
+                    start += len(piece.ids)
+        answers[laid.targets_bt.numpy() == NO_TARGET] = -1
+        return dataclasses.replace(
+            laid,
+            answers_bt=torch.from_numpy(answers),
+            examples_bs=torch.from_numpy(kinds),
+            reference_bs2=torch.from_numpy(reference),
+        )
+
+
+class Batches:
+    """The batch of every step, for one of ``world`` processes."""
+
+    def __init__(
+        self,
+        source: RowSource,
+        *,
+        tokens_per_batch: int,
+        contexts: Sequence[Phase],
+        num_steps: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        """Check that rows, contexts and processes divide each other, then serve batches."""
+        longest = source.row_length
+        if source.num_rows == 0:
+            raise UsageError("there is not one row to train on; prepare more data")
+        if tokens_per_batch % longest:
+            raise UsageError(
+                f"tokens_per_batch: {tokens_per_batch} is not a multiple of the rows' "
+                f"{longest} tokens; take {max(1, tokens_per_batch // longest) * longest}"
+            )
+        for phase in contexts:
+            if longest % phase.length:
+                raise UsageError(
+                    f"contexts: length {phase.length} does not divide the rows' {longest} tokens"
+                )
+        if not contexts or contexts[-1].until != 1.0:
+            raise UsageError("contexts: the last phase must have until: 1.0")
+        if [p.until for p in contexts] != sorted({p.until for p in contexts}):
+            raise UsageError("contexts: 'until' must rise from phase to phase")
+        self.rows_per_batch = tokens_per_batch // longest
+        if self.rows_per_batch % world:
+            raise UsageError(
+                f"tokens_per_batch: {self.rows_per_batch} rows of {longest} tokens cannot be "
+                f"shared evenly by {world} processes; take a multiple of {world * longest}"
+            )
+        self.source = source
+        self.contexts = tuple(contexts)
+        self.num_steps = num_steps
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self._permutations: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def length(self, step: int) -> int:
+        """Context length of ``step``, counted from 0."""
+        fraction = step / self.num_steps
+        return next(
+            (p.length for p in self.contexts if fraction < p.until), self.contexts[-1].length
+        )
+
+    def indices(self, step: int) -> NDArray[np.int64]:
+        """Rows of ``step`` over all processes."""
+        first = step * self.rows_per_batch
+        places = np.arange(first, first + self.rows_per_batch)
+        epochs, offsets = np.divmod(places, self.source.num_rows)
+        parts = [self._permutation(int(e))[offsets[epochs == e]] for e in np.unique(epochs)]
+        return np.concatenate(parts)
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        with self._lock:
+            if epoch not in self._permutations:
+                generator = np.random.default_rng([self.seed, epoch])
+                self._permutations[epoch] = generator.permutation(self.source.num_rows)
+                while len(self._permutations) > 2:
+                    self._permutations.popitem(last=False)
+            return self._permutations[epoch]
+
+    def batch(self, step: int) -> Batch:
+        """Return this process's rows of ``step``."""
+        whole = self.source.batch(self.indices(step), self.length(step))
+        return whole if self.world == 1 else whole.rows(self.rank, whole.num_rows, self.world)
+
+    def prefetch(self, start: int, *, depth: int = 2) -> Iterator[Batch]:
+        """Yield the batches of steps ``start``, ``start`` + 1, ..., made ahead in one thread."""
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+            steps = range(start, self.num_steps)
+            waiting = [pool.submit(self.batch, step) for step in steps[:depth]]
+            for step in steps:
+                batch = waiting.pop(0).result()
+                if step + depth < self.num_steps:
+                    waiting.append(pool.submit(self.batch, step + depth))
+                yield batch

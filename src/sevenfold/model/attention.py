@@ -1,0 +1,115 @@
+"""Attention in which packed documents cannot see each other.
+
+One description, the document number of every token, and two back ends: FlexAttention on GPUs, a
+dense mask through SDPA on a CPU, where FlexAttention has no backward. Without document numbers the
+mask is plain causal and SDPA's fastest kernel serves.
+
+Shapes: b rows, t tokens, h heads, k key-value heads, d head size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+IMPLEMENTATION = "sevenfold"
+
+
+def register_attention() -> None:
+    """Make the name ``sevenfold`` known to transformers as an attention implementation."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(IMPLEMENTATION, packed_attention)
+
+
+def prefer_fast_kernels(compute_capability: tuple[int, int], *, deterministic: bool) -> None:
+    """Let SDPA use cuDNN on Hopper, where it is the fastest; elsewhere PyTorch's own order holds.
+
+    Measured on an H100 at 2048 tokens, forward and backward: cuDNN 338-379 TFLOP/s,
+    FlashAttention-2 194-212. cuDNN's backward is not deterministic.
+    """
+    use_cudnn = compute_capability[0] == 9 and not deterministic
+    torch.backends.cuda.enable_cudnn_sdp(use_cudnn)
+    torch.backends.cuda.enable_flash_sdp(not use_cudnn)
+    torch.backends.cuda.enable_mem_efficient_sdp(not use_cudnn)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attend under ``attention_mask``, or causally where it is None.
+
+    Shapes:
+        query [b, h, t, d]; key, value [b, k, t, d]; attention_mask: BlockMask, or bool
+        [b, 1, t, t] that is true where a token may look.
+    Returns:
+        [b, t, h, d], and no weights.
+    """
+    grouped = query.shape[1] != key.shape[1]
+    if isinstance(attention_mask, BlockMask):
+        attend: Callable[..., Any] = (
+            _compiled_flex() if not torch.compiler.is_compiling() else (flex_attention)
+        )
+        out = attend(
+            query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=grouped
+        )
+    else:
+        out = functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            dropout_p=dropout if module.training else 0.0,
+            is_causal=attention_mask is None and query.shape[2] > 1,
+            scale=scaling,
+            enable_gqa=grouped,
+        )
+    return out.transpose(1, 2).contiguous(), None
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Any]:
+    compiled: Callable[..., Any] = torch.compile(flex_attention)
+    return compiled
+
+
+@functools.cache
+def _compiled_block_mask() -> Callable[..., BlockMask]:
+    compiled: Callable[..., BlockMask] = torch.compile(create_block_mask)
+    return compiled
+
+
+def document_mask(documents_bt: Tensor | None) -> Tensor | BlockMask | None:
+    """Describe who may look at whom: earlier tokens of the same document, and oneself.
+
+    Shapes:
+        documents_bt [b, t]: number of the document each token belongs to; None for plain causal.
+    Returns:
+        BlockMask on a GPU, bool [b, 1, t, t] on a CPU, None for None.
+    """
+    if documents_bt is None:
+        return None
+    num_rows, length = documents_bt.shape
+    if documents_bt.device.type == "cuda":
+
+        def may_look(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (query >= key) & (documents_bt[row, query] == documents_bt[row, key])
+
+        return _compiled_block_mask()(
+            may_look, num_rows, None, length, length, device=documents_bt.device
+        )
+    same_btt = documents_bt[:, :, None] == documents_bt[:, None, :]
+    return torch.tril(same_btt)[:, None]

@@ -1,0 +1,1 @@
+"""What training minimises: linear_cross_entropy, next_token, preference."""

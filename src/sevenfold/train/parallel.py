@@ -1,0 +1,141 @@
+"""Several processes, one GPU each: start, shard with FSDP2, sum, gather."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sevenfold.base.hardware import training_device
+from sevenfold.train import optimizer as optimizers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Processes:
+    """This process among those that train together."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True for the one process that writes."""
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Add ``values`` up over all processes."""
+        if self.world == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return [float(value) for value in tensor.tolist()]
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def num_processes_to_start() -> int:
+    """Processes a training script should start: one per visible GPU, unless started already."""
+    if "WORLD_SIZE" in os.environ or not torch.cuda.is_available():
+        return 1
+    return torch.cuda.device_count()
+
+
+def launch(arguments: list[str], num_processes: int) -> int:
+    """Run ``python arguments`` once per process on this host and return the exit code."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={num_processes}", *arguments]
+    return subprocess.run(command, check=False).returncode
+
+
+def join() -> Processes:
+    """Join the processes that torchrun started; alone, return a world of one."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = training_device(local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world == 1:
+        return Processes(rank=0, world=1, device=device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Processes(rank=dist.get_rank(), world=world, device=device)
+
+
+def shard(scorer: nn.Module, layers: list[nn.Module], processes: Processes, *, bf16: bool) -> None:
+    """Shard parameters, gradients and optimizer state over all processes with FSDP2."""
+    if processes.world == 1:
+        return
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    compute = torch.bfloat16 if bf16 else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    mesh = dist.init_device_mesh(processes.device.type, (processes.world,))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(scorer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def gather_model(model: nn.Module, processes: Processes) -> dict[str, Tensor]:
+    """Return all parameters and buffers whole, on the CPU of the main process."""
+    if processes.world == 1:
+        return dict(model.state_dict())
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    gathered: dict[str, Any] = get_model_state_dict(model, options=options)
+    return gathered
+
+
+def scatter_model(model: nn.Module, state: dict[str, Tensor], processes: Processes) -> None:
+    """Load whole tensors, held by every process, into a possibly sharded model."""
+    if processes.world == 1:
+        model.load_state_dict(state)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True))
+
+
+def gather_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes
+) -> dict[str, Tensor]:
+    """Return the optimizer's state as whole, flat tensors."""
+    names = optimizers.parameter_names(model, optimizer)
+    if processes.world == 1:
+        return optimizers.flatten_state(names, optimizer)
+    flat = {}
+    for name, parameter in zip(names, optimizers.parameters(optimizer), strict=True):
+        for field, value in optimizer.state.get(parameter, {}).items():
+            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+            flat[f"{name}::{field}"] = whole.detach().cpu()
+    return flat
+
+
+def scatter_optimizer(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    flat: dict[str, Tensor],
+    processes: Processes,
+) -> None:
+    """Load what :func:`gather_optimizer` returned, held by every process."""
+    names = optimizers.parameter_names(model, optimizer)
+    if processes.world > 1:
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        parameters = dict(zip(names, optimizers.parameters(optimizer), strict=True))
+        for key, value in flat.items():
+            parameter = parameters.get(key.split("::")[0])
+            if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+                value = value.to(processes.device)
+                flat[key] = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    optimizers.restore_state(names, optimizer, flat)

@@ -1,0 +1,98 @@
+"""Stage dpo: chosen answers above rejected ones, relative to the model it starts from."""
+
+from __future__ import annotations
+
+import logging
+
+from sevenfold.base import records, storage
+from sevenfold.base.config import fingerprint
+from sevenfold.data.batches import PackedPreferences, Preference
+from sevenfold.model import llama
+from sevenfold.objective.preference import preference_objective, reference_scores
+from sevenfold.objective.next_token import Scorer
+from sevenfold.train import loop
+from sevenfold.workflow import training
+from sevenfold.workflow.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+
+def dpo(run: records.Run, recipe: Recipe, options: training.StageOptions) -> None:
+    """Train the promoted SFT model on ``data/dpo``."""
+    source = training.open_source(run, "sft", options)
+    job = training.open_job(
+        run,
+        recipe,
+        "dpo",
+        section=recipe.dpo,
+        config=recipe.dpo.train,
+        source=source,
+        data=training.open_data(run, "dpo"),
+        options=options,
+    )
+    if job is None:
+        return
+    rows, held_out = preference_rows(job)
+    scorer = training.load_scorer(job)
+    training.place(job, scorer)
+    refer(job, scorer, {"train": rows, "validation": held_out})
+    objective = preference_objective(beta=recipe.dpo.beta, nll_weight=recipe.dpo.nll_weight)
+    bench = training.assemble(job, scorer, objective, rows, held_out)
+    last = training.train(job, bench)
+    training.export(job, bench)
+    if job.processes.is_main:
+        training.close(job, bench, last)
+
+
+def preference_rows(job: training.Job) -> tuple[PackedPreferences, PackedPreferences]:
+    """Pack the prepared preferences, for training and held out."""
+    from datasets import load_from_disk
+
+    pad_id = llama.load_tokenizer(job.tokenizer).pad_token_id
+    packed = []
+    for part in ("rows", "validation"):
+        table = load_from_disk(str(job.run.data("dpo") / part))
+        columns = zip(table["prompt_ids"], table["chosen_ids"], table["rejected_ids"], strict=True)
+        preferences = [Preference(*row) for row in columns]
+        packed.append(
+            PackedPreferences(
+                preferences, job.config.longest_context, pad_id=pad_id, seed=job.recipe.seed
+            )
+        )
+    return packed[0], packed[1]
+
+
+def refer(job: training.Job, scorer: Scorer, parts: dict[str, PackedPreferences]) -> None:
+    """Give every pair the reference model's log-probabilities, computed once and kept.
+
+    The key names everything they depend on: model, data, packing and precision.
+    """
+    key = fingerprint(
+        {
+            "inputs": job.inputs,
+            "row_length": job.config.longest_context,
+            "precision": job.config.precision,
+            "weights": job.config.weights,
+            "seed": job.recipe.seed,
+        }
+    )
+    folder = job.folder / "reference"
+    stored = (folder / storage.MANIFEST).is_file()
+    if stored and storage.read_manifest(folder).get("key") == key:
+        storage.verify_folder(folder)
+        for name, rows in parts.items():
+            rows.reference_n2 = storage.read_array(folder / f"{name}.npy")
+        return
+    for rows in parts.values():
+        rows.reference_n2 = reference_scores(
+            scorer,
+            rows,
+            micro_batch=job.config.micro_batch,
+            device=job.processes.device,
+            autocast=loop.autocast(job.config, job.processes),
+        )
+    if job.processes.is_main:
+        with storage.new_folder(folder, kind="reference", key=key) as new:
+            for name, rows in parts.items():
+                storage.write_array(new / f"{name}.npy", rows.reference_n2)
+    job.processes.wait()

@@ -1,0 +1,57 @@
+"""Stage sft: answers in conversations, several to a row, each alone in its row's attention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sevenfold.base import records
+from sevenfold.data.batches import PackedConversations, Piece
+from sevenfold.model import llama
+from sevenfold.objective.next_token import NEXT_TOKEN
+from sevenfold.workflow import training
+from sevenfold.workflow.recipe import Recipe
+
+
+def sft(run: records.Run, recipe: Recipe, options: training.StageOptions) -> None:
+    """Train the promoted pretrained model on ``data/sft``."""
+    source = training.open_source(run, "pretrain", options)
+    job = training.open_job(
+        run,
+        recipe,
+        "sft",
+        section=recipe.sft,
+        config=recipe.sft.train,
+        source=source,
+        data=training.open_data(run, "sft"),
+        options=options,
+    )
+    if job is None:
+        return
+    rows, held_out = conversation_rows(job, run.data("sft"))
+    scorer = training.load_scorer(job)
+    training.place(job, scorer)
+    bench = training.assemble(job, scorer, NEXT_TOKEN, rows, held_out)
+    last = training.train(job, bench)
+    training.export(job, bench)
+    if job.processes.is_main:
+        training.close(job, bench, last, row_fill=rows.fill)
+
+
+def conversation_rows(
+    job: training.Job, folder: Path
+) -> tuple[PackedConversations, PackedConversations]:
+    """Pack the prepared conversations, for training and held out."""
+    from datasets import load_from_disk
+
+    pad_id = llama.load_tokenizer(job.tokenizer).pad_token_id
+    packed = []
+    for part in ("rows", "validation"):
+        table = load_from_disk(str(folder / part))
+        columns = zip(table["input_ids"], table["loss_mask"], strict=True)
+        pieces = [Piece(ids, mask) for ids, mask in columns]
+        packed.append(
+            PackedConversations(
+                pieces, job.config.longest_context, pad_id=pad_id, seed=job.recipe.seed
+            )
+        )
+    return packed[0], packed[1]
