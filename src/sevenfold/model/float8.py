@@ -45,6 +45,16 @@ def why_not_float8(*, emulate: bool = False) -> str | None:
     return None
 
 
+def require_float8(*, emulate: bool = False) -> None:
+    """Do nothing if this machine can train in FP8.
+
+    Errors:
+        UsageError: it cannot; the message says why, and what to install or to use instead.
+    """
+    if reason := why_not_float8(emulate=emulate):
+        raise UsageError(reason)
+
+
 def convert_to_float8(model: nn.Module, *, emulate: bool = False) -> nn.Module:
     """Replace the layers' linear modules by FP8 ones, in place, and return ``model``.
 
@@ -54,8 +64,7 @@ def convert_to_float8(model: nn.Module, *, emulate: bool = False) -> nn.Module:
     Errors:
         UsageError: the machine cannot, or no linear module has sides divisible by 16.
     """
-    if reason := why_not_float8(emulate=emulate):
-        raise UsageError(reason)
+    require_float8(emulate=emulate)
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     chosen = float8_names(model)
@@ -76,7 +85,7 @@ def convert_to_float8(model: nn.Module, *, emulate: bool = False) -> nn.Module:
 
 def float8_names(model: nn.Module) -> set[str]:
     """Return the names of the linear modules that can and should compute in FP8."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     return {
         name
         for name, module in model.named_modules()

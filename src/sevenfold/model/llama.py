@@ -1,4 +1,4 @@
-"""Building, loading and exporting a model: transformers' LlamaForCausalLM from our configuration."""
+"""Building, loading and exporting a model: transformers' Llama from our configuration."""
 
 from __future__ import annotations
 
@@ -181,8 +181,8 @@ def load_model(
 
 def unwrap_compiled_model(model: nn.Module) -> nn.Module:
     """Return the model inside what ``torch.compile(model)`` returned, or ``model`` itself."""
-    while hasattr(model, "_orig_mod"):
-        model = model._orig_mod
+    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        model = inner
     return model
 
 

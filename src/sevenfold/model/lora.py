@@ -5,7 +5,6 @@ PEFT takes seconds to import, so it is imported when an adapter is first touched
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import nn
 from sevenfold.base import storage
 from sevenfold.base.config import configuration
 from sevenfold.base.errors import CheckpointError, UsageError, nearest
-from sevenfold.model.llama import named_generator, unwrap_compiled_model
+from sevenfold.model.llama import unwrap_compiled_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -44,10 +43,10 @@ class LoRAAdapterConfig:
     targets: Literal["all-linear"] | tuple[str, ...]
 
 
-def add_adapter(model: PreTrainedModel, config: LoRAAdapterConfig, *, seed: int) -> PeftModel:
+def add_adapter(model: PreTrainedModel, config: LoRAAdapterConfig) -> PeftModel:
     """Freeze ``model`` and add an adapter that changes nothing until it is trained.
 
-    The adapter's weights are fp32 and depend on ``seed`` and their names only.
+    Its weights are fp32, drawn from PyTorch's CPU generator: seed that first.
 
     Errors:
         UsageError: a target matches no linear module; the message names the nearest.
@@ -57,8 +56,7 @@ def add_adapter(model: PreTrainedModel, config: LoRAAdapterConfig, *, seed: int)
     targets = find_targets(model, config.targets)
     settings = LoraConfig(
         r=config.r,
-        # PEFT's annotation says int; it divides, so a fraction is as good.
-        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
@@ -66,19 +64,7 @@ def add_adapter(model: PreTrainedModel, config: LoRAAdapterConfig, *, seed: int)
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5.23 for a property that was renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
-        adapted = get_peft_model(model, settings)
-    for name, parameter in adapted.named_parameters():
-        if "lora_A" in name:
-            _draw_down_projection(parameter, name, seed)
-    return adapted
-
-
-@torch.no_grad()
-def _draw_down_projection(parameter: nn.Parameter, name: str, seed: int) -> None:
-    """Draw as PEFT does (uniform, bound 1 / sqrt(inputs)), but independent of order and device."""
-    bound = parameter.shape[1] ** -0.5
-    values = torch.empty(parameter.shape, dtype=torch.float32)
-    parameter.copy_(values.uniform_(-bound, bound, generator=named_generator(seed, name)))
+        return get_peft_model(model, settings)
 
 
 def find_targets(model: PreTrainedModel, targets: str | tuple[str, ...]) -> list[str]:
@@ -187,7 +173,7 @@ def save_adapter(
     inner: Any = unwrap_compiled_model(model)
     check_adapter(inner)
     settings = inner.peft_config[ADAPTER]
-    settings.base_model_name_or_path = base
+    settings.base_model_name_or_path = base or None
     with storage.new_folder(target, kind="adapter", base_fingerprint=base_fingerprint) as folder:
         inner.save_pretrained(
             folder, safe_serialization=True, save_embedding_layers=False, state_dict=state_dict
@@ -203,9 +189,9 @@ def save_adapter(
 
 def _card(base: str, settings: Any) -> str:
     return (
-        f"---\nlibrary_name: peft\nbase_model: {json.dumps(base)}\n---\n\n"
-        f"LoRA adapter of rank {settings.r} (alpha {settings.lora_alpha:g}) for the model "
-        f"`{base}` of the same run, made with Sevenfold. Load it with "
+        "---\nlibrary_name: peft\n---\n\n"
+        f"LoRA adapter of rank {settings.r} (alpha {settings.lora_alpha:g}), made with Sevenfold "
+        f"on {base or 'the model it was trained from'}. Load it with "
         "`peft.PeftModel.from_pretrained(model, folder)`.\n"
     )
 
