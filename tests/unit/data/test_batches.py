@@ -1,0 +1,157 @@
+"""Batches are a function of seed and step, and packed rows lose nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sevenfold.base.errors import UsageError
+from sevenfold.data.batches import (
+    NO_TARGET,
+    Batches,
+    PackedConversations,
+    PackedPreferences,
+    PackedText,
+    Piece,
+    Preference,
+    best_fit,
+)
+from sevenfold.train.config import ContextPhase
+
+WHOLE = (ContextPhase(length=8, until=1.0),)
+
+
+class Table:
+    """Rows whose ids are all different, except for document starts (id 0)."""
+
+    num_rows, row_length = 7, 8
+
+    def rows(self, indices: Any) -> Any:
+        ids = np.arange(1, 57).reshape(7, 8)
+        ids[2, 3] = 0
+        return ids[indices].astype(np.int64)
+
+
+def batches(**changes: Any) -> Batches:
+    settings = {"tokens_per_batch": 24, "contexts": WHOLE, "num_steps": 10, "seed": 1}
+    return Batches(PackedText(Table(), bos_id=0), **{**settings, **changes})
+
+
+def test_every_row_comes_once_an_epoch_and_epochs_differ() -> None:
+    made = batches()
+    order = np.concatenate([made.indices(step) for step in range(7)])
+    epochs = order[:21].reshape(3, 7)
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs.tolist())
+    assert epochs[0].tolist() != epochs[1].tolist()
+
+
+def test_a_step_does_not_depend_on_what_was_asked_before() -> None:
+    forward, backward = batches(), batches()
+    ahead = [forward.batch(step).inputs_bt for step in range(10)]
+    back = [backward.batch(step).inputs_bt for step in reversed(range(10))]
+    assert all(torch.equal(a, b) for a, b in zip(ahead, reversed(back), strict=True))
+
+
+def test_prefetching_changes_nothing() -> None:
+    made = batches()
+    for step, batch in enumerate(made.prefetch(4), start=4):
+        assert torch.equal(batch.inputs_bt, made.batch(step).inputs_bt)
+    assert step == 9
+
+
+def test_processes_share_each_batch_exactly() -> None:
+    alone = batches(tokens_per_batch=32).batch(3).inputs_bt
+    shares = [batches(tokens_per_batch=32, rank=r, world=2).batch(3).inputs_bt for r in (0, 1)]
+    assert sorted(torch.cat(shares).tolist()) == sorted(alone.tolist())
+
+
+def test_a_shorter_context_cuts_the_same_rows() -> None:
+    phases = (ContextPhase(length=4, until=0.5), ContextPhase(length=8, until=1.0))
+    short, long = batches(contexts=phases), batches()
+    assert short.length(4) == 4 and short.length(5) == 8
+    assert torch.equal(short.batch(2).inputs_bt.flatten(), long.batch(2).inputs_bt.flatten())
+
+
+def test_documents_restart_positions_and_end_targets() -> None:
+    row = PackedText(Table(), bos_id=0).batch(np.array([2]), 8)
+    assert row.documents_bt is not None
+    assert row.documents_bt[0].tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+    assert row.positions_bt[0].tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
+    assert row.targets_bt[0].tolist() == [18, 19, NO_TARGET, 21, 22, 23, 24, NO_TARGET]
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({"tokens_per_batch": 20}, "not a multiple of the rows' 8 tokens; take 16"),
+        ({"contexts": (ContextPhase(length=3, until=1.0),)}, "length 3 does not divide"),
+        ({"contexts": (ContextPhase(length=8, until=0.5),)}, "must have until: 1.0"),
+        ({"world": 2}, "cannot be shared evenly by 2 processes; take a multiple of 16"),
+        (
+            {"contexts": (*WHOLE, *WHOLE)},
+            "'until' must rise",
+        ),
+    ],
+)
+def test_what_does_not_divide_is_refused(changes: dict[str, Any], advice: str) -> None:
+    with pytest.raises(UsageError, match=advice):
+        batches(**changes)
+
+
+def test_no_rows_are_refused() -> None:
+    with pytest.raises(UsageError, match="not one row to train on; prepare more data"):
+        Batches(
+            PackedConversations([], 8, pad_id=0, seed=1),
+            tokens_per_batch=8,
+            contexts=WHOLE,
+            num_steps=1,
+            seed=1,
+        )
+
+
+def test_best_fit_places_every_item_once_and_tightly() -> None:
+    lengths = np.random.default_rng(0).integers(1, 60, 2000).tolist()
+    packs = best_fit(lengths, 128, seed=3)
+    assert sorted(item for pack in packs for item in pack) == list(range(2000))
+    assert all(sum(lengths[item] for item in pack) <= 128 for pack in packs)
+    assert len(packs) <= sum(lengths) / 128 * 1.005 + 1
+    assert packs == best_fit(lengths, 128, seed=3)
+    assert packs != best_fit(lengths, 128, seed=4)
+
+
+def test_an_item_longer_than_a_row_is_refused() -> None:
+    with pytest.raises(UsageError, match="item 0 has 9 tokens; a row holds 8"):
+        best_fit([9], 8, seed=0)
+
+
+def test_conversations_carry_loss_only_where_the_mask_says() -> None:
+    pieces = [Piece([5, 6, 7, 8], [0, 0, 1, 1]), Piece([9, 10, 11], [0, 1, 1])]
+    rows = PackedConversations(pieces, 8, pad_id=0, seed=1)
+    batch = rows.batch(np.array([0]), 8)
+    assert batch.inputs_bt[0].tolist() == [5, 6, 7, 8, 9, 10, 11, 0]
+    assert batch.targets_bt[0].tolist() == [-100, 7, 8, -100, 10, 11, -100, -100]
+    assert batch.documents_bt is not None
+    assert batch.documents_bt[0].tolist() == [0, 0, 0, 0, 1, 1, 1, -1]
+    assert rows.fill == 7 / 8
+
+
+def test_packed_rows_take_one_context_length() -> None:
+    rows = PackedConversations([Piece([1, 2], [0, 1])], 8, pad_id=0, seed=1)
+    with pytest.raises(UsageError, match="this stage takes one context length"):
+        rows.batch(np.array([0]), 4)
+
+
+def test_preferences_number_their_answers() -> None:
+    preferences = [Preference([1, 2], [3, 4], [5]), Preference([6], [7], [])]
+    reference = np.array([[-1.0, -2.0], [-3.0, 0.0]], dtype=np.float32)
+    rows = PackedPreferences(preferences, 12, pad_id=0, seed=1, reference_n2=reference)
+    batch = rows.batch(np.array([0]), 12)
+    assert batch.inputs_bt[0].tolist() == [1, 2, 3, 4, 1, 2, 5, 6, 7, 0, 0, 0]
+    assert batch.answers_bt is not None and batch.examples_bs is not None
+    assert batch.answers_bt[0].tolist() == [-1, 0, 0, -1, -1, 1, -1, 2, -1, -1, -1, -1]
+    assert batch.examples_bs[0].tolist() == [1, 2]
+    assert batch.reference_bs2 is not None
+    assert batch.reference_bs2[0].tolist() == [[-1.0, -2.0], [-3.0, 0.0]]

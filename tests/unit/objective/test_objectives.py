@@ -1,0 +1,166 @@
+"""Packed rows score as every document alone; DPO starts at ln 2."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from sevenfold.data.batches import PackedConversations, PackedPreferences, Piece, Preference
+from sevenfold.objective.linear_cross_entropy import negative_log_likelihood
+from sevenfold.objective.next_token import NEXT_TOKEN, Scorer
+from sevenfold.objective.preference import (
+    preference_objective,
+    reference_scores,
+)
+
+VOCAB = 50
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def scorer() -> Scorer:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from sevenfold.model.attention import IMPLEMENTATION, register_attention
+
+    register_attention()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_implementation=IMPLEMENTATION,
+        initializer_range=0.3,
+    )
+    return Scorer(LlamaForCausalLM(config), kernel="plain")
+
+
+def random_pieces(lengths: list[int]) -> list[Piece]:
+    generator = np.random.default_rng(7)
+    return [
+        Piece(
+            generator.integers(1, VOCAB, n).tolist(),
+            [0, *generator.integers(0, 2, n - 1).tolist()],
+        )
+        for n in lengths
+    ]
+
+
+def gradients(scorer: Scorer, total: Any) -> dict[str, torch.Tensor]:
+    scorer.zero_grad()
+    total.backward()
+    return {n: p.grad.clone() for n, p in scorer.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("lengths", [[5, 9, 2], [16], [1, 15], [7, 1, 1, 7], [3, 3, 3, 3, 3]])
+def test_packed_documents_equal_each_alone(scorer: Scorer, lengths: list[int]) -> None:
+    pieces = random_pieces(lengths)
+    packed = PackedConversations(pieces, 16, pad_id=0, seed=1)
+    rows = packed.batch(np.arange(packed.num_rows), 16)
+    together = NEXT_TOKEN.total(scorer, rows).total
+    alone = [
+        PackedConversations([piece], len(piece.ids), pad_id=0, seed=1).batch(
+            np.array([0]), len(piece.ids)
+        )
+        for piece in pieces
+    ]
+    one_by_one = sum(NEXT_TOKEN.total(scorer, batch).total for batch in alone)
+    assert NEXT_TOKEN.weigh(rows) == sum(map(NEXT_TOKEN.weigh, alone))
+    assert torch.allclose(together, torch.as_tensor(one_by_one), rtol=1e-5)
+    first, second = gradients(scorer, together), gradients(scorer, one_by_one)
+    for name, gradient in first.items():
+        assert torch.allclose(gradient, second[name], rtol=1e-4, atol=1e-5), name
+
+
+def test_a_document_does_not_feel_its_neighbour(scorer: Scorer) -> None:
+    first, second = random_pieces([8, 8])
+    other = Piece([(i + 11) % VOCAB for i in first.ids], first.mask)
+    results = []
+    for neighbour in (first, other):
+        rows = PackedConversations([neighbour, second], 16, pad_id=0, seed=1)
+        batch = rows.batch(np.array([0]), 16)
+        at = rows.packs[0].index(1) * 8
+        results.append(scorer(batch)[0, at : at + 8])
+    assert torch.allclose(results[0], results[1], atol=1e-6)
+
+
+def test_no_target_weighs_and_adds_nothing(scorer: Scorer) -> None:
+    batch = PackedConversations([Piece([1, 2, 3], [0, 0, 0])], 4, pad_id=0, seed=1)
+    rows = batch.batch(np.array([0]), 4)
+    assert NEXT_TOKEN.weigh(rows) == 0
+    assert float(NEXT_TOKEN.total(scorer, rows).total.detach()) == 0.0
+
+
+@pytest.mark.parametrize("kernel", ["plain", "chunked"])
+def test_kernels_equal_the_textbook_form(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sevenfold.objective import linear_cross_entropy as module
+
+    monkeypatch.setattr(module, "_compiled_score", lambda: module._score)
+    monkeypatch.setattr(module, "CHUNK_POSITIONS", 7)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(20, 8, generator=generator, requires_grad=True)
+    weight = torch.randn(VOCAB, 8, generator=generator, requires_grad=True)
+    targets = torch.randint(0, VOCAB, (20,), generator=generator)
+    targets[::3] = -100
+    scores = negative_log_likelihood(hidden, weight, targets, kernel=kernel)
+    plain = functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    assert torch.allclose(scores, plain, atol=1e-5)
+    found = torch.autograd.grad(scores.sum(), (hidden, weight))
+    wanted = torch.autograd.grad(plain.sum(), (hidden, weight))
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+PREFERENCES = [
+    Preference([1, 2, 3], [4, 5], [6, 7, 8]),
+    Preference([9, 2], [4], [5, 5]),
+    Preference([3, 1], [8, 9], []),
+    Preference([7], [1, 2, 3], [3, 2, 1]),
+]
+
+
+def preference_batch(scorer: Scorer) -> Any:
+    rows = PackedPreferences(PREFERENCES, 16, pad_id=0, seed=1)
+    rows.reference_n2 = reference_scores(
+        scorer, rows, micro_batch=1, device=CPU, autocast=torch.no_grad()
+    )
+    return rows.batch(np.arange(rows.num_rows), 16), rows
+
+
+def test_dpo_starts_at_ln_2_with_margins_of_zero(scorer: Scorer) -> None:
+    batch, _ = preference_batch(scorer)
+    summed = preference_objective(beta=0.1, nll_weight=0.0).total(scorer, batch)
+    assert float(summed.extras["pairs"]) == 3
+    assert float(summed.total.detach()) / 3 == pytest.approx(math.log(2), abs=1e-6)
+    assert float(summed.extras["margin"]) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_dpo_equals_the_formula_answer_by_answer(scorer: Scorer) -> None:
+    batch, rows = preference_batch(scorer)
+    assert rows.reference_n2 is not None
+    rows.reference_n2 += np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32)
+    batch = rows.batch(np.arange(rows.num_rows), 16)
+    summed = preference_objective(beta=0.3, nll_weight=0.5).total(scorer, batch)
+    expected = 0.0
+    for preference, reference in zip(PREFERENCES, rows.reference_n2, strict=True):
+        scores = [_log_probability(scorer, piece) for piece in preference.pieces]
+        expected += 0.5 * -scores[0] / len(preference.chosen)
+        if preference.rejected:
+            margin = 0.3 * ((scores[0] - reference[0]) - (scores[1] - reference[1]))
+            expected += math.log1p(math.exp(-margin))
+    assert float(summed.total.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def _log_probability(scorer: Scorer, piece: Piece) -> float:
+    ids = torch.tensor([piece.ids])
+    logits = scorer.model(input_ids=ids).logits.detach().log_softmax(-1)[0]
+    wanted = [i for i, carries in enumerate(piece.mask) if carries]
+    return sum(float(logits[i - 1, piece.ids[i]]) for i in wanted)

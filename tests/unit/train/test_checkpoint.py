@@ -1,0 +1,126 @@
+"""Checkpoints: whole or absent, checked byte for byte, never a silent fresh start."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from sevenfold.base.errors import CheckpointError
+from sevenfold.train.checkpoint import Checkpoints, Snapshot, random_state, restore_random_state
+
+
+def snapshot(step: int) -> Snapshot:
+    shared = torch.arange(6.0)
+    return Snapshot(
+        step=step,
+        model={"a": shared, "b": shared, "view": torch.arange(12.0).view(3, 4).t()},
+        optimizer={"a::step": torch.tensor(float(step))},
+        random=random_state(),
+        state={"step": step},
+    )
+
+
+def saved(folder: Path, *steps: int, keep: int = 9) -> Checkpoints:
+    checkpoints = Checkpoints(folder, keep=keep)
+    for step in steps:
+        checkpoints.save(snapshot(step))
+    return checkpoints
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    loaded = saved(tmp_path, 3).load_latest()
+    assert loaded is not None
+    assert loaded.step == 3 and loaded.state == {"step": 3}
+    assert torch.equal(loaded.model["b"], torch.arange(6.0))
+    assert torch.equal(loaded.model["view"], torch.arange(12.0).view(3, 4).t())
+    assert float(loaded.optimizer["a::step"]) == 3.0
+
+
+def test_only_the_newest_are_kept_whatever_their_times(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 1, 2, 3)
+    for step, moment in ((1, 9e8), (2, 1e9), (3, 1e8)):
+        os.utime(checkpoints.path(step), (moment, moment))
+    checkpoints.keep = 2
+    checkpoints.save(snapshot(4))
+    assert checkpoints.steps() == [3, 4]
+
+
+def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path / "none", keep=1).load_latest() is None
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"]
+)
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "empty"])
+def test_a_damaged_file_is_named_and_the_one_before_is_used(
+    tmp_path: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = saved(tmp_path, 1, 2)
+    path = checkpoints.path(2) / name
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    elif damage == "truncate":
+        path.write_bytes(data[:-1])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    else:
+        path.unlink()
+    loaded = checkpoints.load_latest()
+    assert loaded is not None and loaded.step == 1
+    assert name in caplog.text
+    assert (tmp_path / "damaged-step-00000002").is_dir()
+    checkpoints.save(snapshot(2))
+    assert checkpoints.steps() == [1, 2]
+
+
+def test_all_damaged_is_an_error_that_lists_each(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 1, 2)
+    for step in (1, 2):
+        (checkpoints.path(step) / "manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"every checkpoint is damaged .*00000002.*00000001"):
+        checkpoints.load_latest()
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 1)
+    (tmp_path / ".step-00000002.partial-77").mkdir()
+    assert checkpoints.load_latest() is not None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001"]
+
+
+def test_random_state_comes_back() -> None:
+    state = random_state()
+    first = torch.rand(3)
+    restore_random_state(state)
+    assert torch.equal(first, torch.rand(3))
+
+
+def test_killed_at_any_file_operation_one_checkpoint_is_whole(tmp_path: Path) -> None:
+    """Fork a child per crash point; each saves step 1, then is killed somewhere in saving step 2."""
+    survived = 0
+    for point in range(1, 200):
+        folder = tmp_path / str(point)
+        child = os.fork()
+        if child == 0:
+            os.environ["SEVENFOLD_FAULTS"] = f"kill@fs:{point}"
+            from sevenfold.base import storage
+
+            storage._operations_done = 0
+            saved(folder, 1, 2, keep=1)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        checkpoints = Checkpoints(folder, keep=1)
+        loaded = checkpoints.load_latest()
+        if os.WIFEXITED(status):
+            assert loaded is not None and loaded.step == 2
+            assert point > 20
+            return
+        survived += loaded is not None
+        assert loaded is None or torch.equal(loaded.model["a"], torch.arange(6.0))
+    pytest.fail(f"the process never ran to its end ({survived} survived)")
