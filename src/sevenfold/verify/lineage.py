@@ -1,0 +1,133 @@
+"""From every artifact of a run to what it was made from, matched by fingerprint."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sevenfold.base import storage
+from sevenfold.base.records import STAGES, Run
+
+DATA_FOLDERS = {
+    "raw": "source text",
+    "clean": "clean text",
+    "packed": "packed tokens",
+    "sft": "SFT rows",
+    "dpo": "preference pairs",
+    "lora": "LoRA rows",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parent:
+    """One input of an artifact.
+
+    ``state`` is ``here`` where the run still holds exactly these bytes, ``changed`` where it now
+    holds another artifact of that name, ``outside`` where the input came from elsewhere.
+    """
+
+    name: str
+    label: str
+    fingerprint: str
+    state: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """One folder of a run, with the fingerprint of its bytes and its parents."""
+
+    name: str
+    label: str
+    fingerprint: str
+    parents: tuple[Parent, ...]
+
+
+def trace(run: Run) -> list[Artifact]:
+    """Return the artifacts that exist in ``run``, inputs before what is made from them."""
+    found: list[tuple[str, str, str, Mapping[str, Any]]] = []
+    folders = [("tokenizer", "tokenizer", run.tokenizer)]
+    folders += [(f"data/{name}", label, run.data(name)) for name, label in DATA_FOLDERS.items()]
+    for name, label, folder in folders:
+        manifest = read_manifest_if_there(folder)
+        if manifest is not None:
+            found.append((name, label, str(manifest["fingerprint"]), _mapping(manifest, "inputs")))
+    for stage in STAGES:
+        manifest = read_manifest_if_there(run.model(stage))
+        if manifest is not None:
+            inputs = _mapping(read_record_if_there(run, stage), "inputs")
+            found.append((stage, f"{stage} model", str(manifest["fingerprint"]), inputs))
+    holders = {fingerprint: name for name, _, fingerprint, _ in found}
+    labels = {name: label for name, label, _, _ in found}
+    artifacts = [
+        Artifact(
+            name=name,
+            label=label,
+            fingerprint=fingerprint,
+            parents=tuple(_parents(inputs, holders, labels)),
+        )
+        for name, label, fingerprint, inputs in found
+    ]
+    return _inputs_first(artifacts)
+
+
+def read_manifest_if_there(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest of ``folder``, or None where it has not been made.
+
+    Errors:
+        BadDataError: it is there and cannot be read, or does not belong to its list of files.
+    """
+    if not (folder / storage.MANIFEST).is_file():
+        return None
+    return storage.read_manifest(folder)
+
+
+def read_record_if_there(run: Run, stage: str) -> dict[str, Any]:
+    """Return the record of ``stage``, empty where it has not finished."""
+    return run.record(stage) if (run.stage(stage) / "record.json").is_file() else {}
+
+
+def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = values.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _parents(
+    inputs: Mapping[str, Any], holders: Mapping[str, str], labels: Mapping[str, str]
+) -> Iterator[Parent]:
+    for given, value in inputs.items():
+        fingerprint = str(value)
+        holder = holders.get(fingerprint)
+        name = holder or _named(given, labels)
+        yield Parent(
+            name=name or given,
+            label=labels[name] if name else given,
+            fingerprint=fingerprint,
+            state="here" if holder else "changed" if name else "outside",
+        )
+
+
+def _named(given: str, names: Container[str]) -> str | None:
+    """Return the artifact of this run that an input's name means, if there is one."""
+    candidates = (given, f"data/{given}", given.removesuffix("/model"), given.removesuffix("_data"))
+    return next((name for name in candidates if name in names), None)
+
+
+def _inputs_first(artifacts: list[Artifact]) -> list[Artifact]:
+    ordered: list[Artifact] = []
+    waiting = list(artifacts)
+    while waiting:
+        placed = {artifact.name for artifact in ordered}
+        known = {artifact.name for artifact in waiting}
+        ready = next(
+            (
+                artifact
+                for artifact in waiting
+                if all(p.name in placed or p.name not in known for p in artifact.parents)
+            ),
+            waiting[0],
+        )
+        ordered.append(ready)
+        waiting.remove(ready)
+    return ordered
