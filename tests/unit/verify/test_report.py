@@ -393,13 +393,10 @@ def test_a_stopped_stage_is_unfinished_and_its_curves_are_drawn(tmp_path):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda run: write_model_bytes(run), "the verdict is about another model"),
-        (lambda run: promote(run), "the verdict was changed after the gate wrote it"),
-        (
-            lambda run: storage.remove_folder(run.model("sft")),
-            "the judged model is no longer there",
-        ),
-        (lambda run: (run.stage("sft") / "verdict.json").unlink(), "there is no verdict"),
+        ("change_model", "the verdict is about another model"),
+        ("promote_by_hand", "the verdict was changed after the gate wrote it"),
+        ("remove_model", "the judged model is no longer there"),
+        ("remove_verdict", "there is no verdict"),
     ],
 )
 def test_a_verdict_that_does_not_hold_is_not_shown_as_one(tmp_path, change, why):
