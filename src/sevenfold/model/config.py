@@ -125,7 +125,20 @@ def from_hf(config: PretrainedConfig) -> ModelConfig:
 
     Both spellings of the rotary base are read: ``rope_parameters`` of transformers 5 and the
     older ``rope_theta``.
+
+    Errors:
+        UsageError: the model is no decoder of this kind.
     """
+    try:
+        return _described(config)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"model type '{config.model_type}' is no decoder that can be described here ({error}); "
+            "start from a Llama-style causal model"
+        ) from error
+
+
+def _described(config: PretrainedConfig) -> ModelConfig:
     text: Any = config.get_text_config(decoder=True)
     hidden_size, num_heads = text.hidden_size, text.num_attention_heads
     head_dim = getattr(text, "head_dim", None)

@@ -18,6 +18,8 @@ from torch import nn
 from sevenfold.base import storage
 from sevenfold.base.config import configuration
 from sevenfold.base.errors import BadDataError, CheckpointError, DivergedError, UsageError
+from sevenfold.data.tokenizer import load_tokenizer as load_tokenizer
+from sevenfold.data.tokenizer import reserved_ids, stop_ids
 from sevenfold.model.config import ModelConfig
 from sevenfold.model.kernels import note_model
 
@@ -38,9 +40,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
-# Tokens that end a turn, in our template and in those of models people start from.
-END_OF_TURN = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<|eot|>", "<end_of_turn>", "</s>")
 MAX_SHARD_SIZE = "5GB"
+# How far the untrained loss may be from ln(vocab_size), as a share of it.
 LOSS_TOLERANCE = 0.05
 
 
@@ -242,25 +243,6 @@ def save_model(
     return storage.read_manifest(target)
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of ``folder``.
-
-    Errors:
-        UsageError: there is none.
-    """
-    from transformers import AutoTokenizer
-
-    if not (folder / "tokenizer_config.json").is_file():
-        raise UsageError(
-            f"{folder}: no tokenizer here; run scripts/03_tokenize_and_pack.py first, or name a "
-            "folder with tokenizer.json and tokenizer_config.json"
-        )
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-    )
-    return tokenizer
-
-
 def check_vocabulary(
     tokenizer: PreTrainedTokenizerBase, tokenizer_folder: Path, num_rows: int
 ) -> None:
@@ -306,16 +288,11 @@ def _state_to_save(
 def _generation_config(tokenizer: PreTrainedTokenizerBase) -> Any:
     from transformers import GenerationConfig
 
-    from sevenfold.data.tokenizer import reserved_ids
-
-    vocabulary = tokenizer.get_vocab()
-    ends = [tokenizer.eos_token_id, *(vocabulary.get(token) for token in END_OF_TURN)]
-    reserved = sorted(reserved_ids(tokenizer))
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=list(dict.fromkeys(end for end in ends if end is not None)),
+        eos_token_id=[end for end in stop_ids(tokenizer) if end is not None] or None,
         pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=reserved or None,
+        suppress_tokens=reserved_ids(tokenizer) or None,
     )
 
 

@@ -1,0 +1,99 @@
+"""The two rules: before any model, and never both."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from sevenfold.base.config import build
+from sevenfold.base.errors import UsageError
+from sevenfold.model import kernels
+from sevenfold.model.config import ModelConfig
+from sevenfold.model.kernels import KernelConfig, active_kernels, setup_kernel_optimizations
+from sevenfold.model.llama import InitConfig, initialize
+
+
+@pytest.fixture(autouse=True)
+def own_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let each test begin as a new process does: no model, nothing patched."""
+    import weakref
+
+    monkeypatch.setattr(kernels, "_built_models", weakref.WeakSet())
+    monkeypatch.setattr(kernels, "_active", {"liger": False, "cce": False})
+    yield
+
+
+@pytest.fixture
+def patched(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A machine with a GPU and with a Liger that notes what it is asked to patch."""
+    asked: dict[str, Any] = {}
+    package = types.ModuleType("liger_kernel.transformers")
+    package.apply_liger_kernel_to_llama = asked.update  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return asked
+
+
+def test_nothing_asked_nothing_active() -> None:
+    off = {"liger": False, "cce": False, "liger_fused_linear_cross_entropy": False}
+    assert setup_kernel_optimizations() == off
+    assert active_kernels() == off
+
+
+def test_both_at_once_are_refused() -> None:
+    with pytest.raises(UsageError, match="liger and cce are mutually exclusive; set"):
+        setup_kernel_optimizations(liger=True, cce=True)
+    with pytest.raises(UsageError, match="mutually exclusive; set one of them to false"):
+        build(KernelConfig, {"liger": True, "cce": True})
+    assert build(KernelConfig, {"liger": True, "cce": False}).liger
+
+
+@pytest.mark.parametrize("asked", [{}, {"liger": True}, {"cce": True}])
+def test_a_model_that_exists_is_an_error_and_one_that_is_gone_is_not(
+    tiny: ModelConfig, init: InitConfig, asked: dict[str, bool]
+) -> None:
+    model = initialize(tiny, init, 0)
+    with pytest.raises(UsageError, match=r"after a model was built \(LlamaForCausalLM\).*before"):
+        setup_kernel_optimizations(**asked)
+    del model
+    assert not setup_kernel_optimizations()["liger"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("kernel", ["liger", "cce"])
+def test_without_a_gpu_they_are_refused(kernel: str) -> None:
+    with pytest.raises(UsageError, match=f"kernels.{kernel}: .*NVIDIA GPU.*kernels.{kernel}=false"):
+        setup_kernel_optimizations(**{kernel: True})
+
+
+def test_liger_never_takes_the_loss(patched: dict[str, Any]) -> None:
+    active = setup_kernel_optimizations(liger=True)
+    assert active == {"liger": True, "cce": False, "liger_fused_linear_cross_entropy": False}
+    assert patched == {
+        "rope": True,
+        "rms_norm": True,
+        "swiglu": True,
+        "cross_entropy": False,
+        "fused_linear_cross_entropy": False,
+    }
+    with pytest.raises(UsageError, match="cannot be taken out; start a new process"):
+        setup_kernel_optimizations()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "module"), [("liger", "liger_kernel.transformers"), ("cce", "cut_cross_entropy")]
+)
+def test_a_missing_package_names_its_extra(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, module: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UsageError, match=rf"cannot import {module}.*'sevenfold\[kernels\]'"):
+        setup_kernel_optimizations(**{kernel: True})
+    assert not active_kernels()[kernel]  # type: ignore[literal-required]
