@@ -204,6 +204,14 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def remove_file(path: Path) -> None:
+    """Remove one file if it exists, durably."""
+    if path.exists():
+        fault_point()
+        path.unlink()
+        sync_directory(path.parent)
+
+
 def move_folder(folder: Path, target: Path) -> None:
     """Rename ``folder`` to ``target``, durably."""
     fault_point()

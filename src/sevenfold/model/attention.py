@@ -55,14 +55,16 @@ def packed_attention(
     Shapes:
         query [b, h, t, d]; key, value [b, k, t, d]; attention_mask: BlockMask, or bool
         [b, 1, t, t] that is true where a token may look.
+
     Returns:
         [b, t, h, d], and no weights.
     """
     grouped = query.shape[1] != key.shape[1]
     if isinstance(attention_mask, BlockMask):
-        attend: Callable[..., Any] = (
-            _compiled_flex() if not torch.compiler.is_compiling() else (flex_attention)
-        )
+        # Inside a compiled layer FlexAttention is compiled with it; on its own it needs its own.
+        attend: Callable[..., Any] = flex_attention
+        if not torch.compiler.is_compiling():
+            attend = _compiled_flex()
         out = attend(
             query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=grouped
         )
@@ -97,6 +99,7 @@ def document_mask(documents_bt: Tensor | None) -> Tensor | BlockMask | None:
 
     Shapes:
         documents_bt [b, t]: number of the document each token belongs to; None for plain causal.
+
     Returns:
         BlockMask on a GPU, bool [b, 1, t, t] on a CPU, None for None.
     """

@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import runpy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
 
 from sevenfold.base.config import configuration
 from sevenfold.base.errors import UsageError
@@ -118,6 +120,54 @@ class ModelConfig:
             eos_token_id=eos_token_id,
             pad_token_id=pad_token_id,
         )
+
+
+@configuration
+class InitConfig:
+    """How the initial weights are drawn, and how models of the run are stored.
+
+    Errors:
+        ValueError: ``std`` is not above 0.
+    """
+
+    std: float
+    """Standard deviation of the normal distribution that matrices are drawn from."""
+    scale_residual: bool
+    """Divide the spread of the matrices that write into the residual by sqrt(2 x layers)."""
+    dtype: Literal["float32", "bfloat16"]
+    """Type of the weights in the run's model folders."""
+
+    def __post_init__(self) -> None:
+        """Refuse a spread that draws nothing."""
+        if not self.std > 0:
+            raise ValueError(f"std is {self.std}; it must be above 0")
+
+
+@configuration
+class KernelConfig:
+    """Which optional kernels to use; at most one of the two."""
+
+    liger: bool
+    cce: bool
+
+    def __post_init__(self) -> None:
+        """Refuse both at once."""
+        if self.liger and self.cce:
+            raise ValueError("liger and cce are mutually exclusive; set one of them to false")
+
+
+@configuration
+class LoRAAdapterConfig:
+    """Shape of an adapter.
+
+    ``targets`` is ``all-linear`` (every linear module but the head) or a list of module names,
+    such as ``q_proj``; ``r`` is the rank, ``alpha / r`` the factor on the adapter's output.
+    """
+
+    r: Annotated[int, Field(ge=1)]
+    alpha: Annotated[float, Field(gt=0)]
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    targets: Literal["all-linear"] | tuple[str, ...]
 
 
 def from_hf(config: PretrainedConfig) -> ModelConfig:

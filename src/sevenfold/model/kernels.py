@@ -15,26 +15,12 @@ from typing import Any, TypedDict
 
 import torch
 
-from sevenfold.base.config import configuration
 from sevenfold.base.errors import UsageError
 
 log = logging.getLogger(__name__)
 
 _built_models: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 _active: dict[str, bool] = {"liger": False, "cce": False}
-
-
-@configuration
-class KernelConfig:
-    """Which optional kernels to use; at most one of the two."""
-
-    liger: bool
-    cce: bool
-
-    def __post_init__(self) -> None:
-        """Refuse both at once."""
-        if self.liger and self.cce:
-            raise ValueError("liger and cce are mutually exclusive; set one of them to false")
 
 
 class ActiveKernels(TypedDict):

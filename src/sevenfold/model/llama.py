@@ -10,17 +10,16 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from sevenfold.base import storage
-from sevenfold.base.config import configuration
 from sevenfold.base.errors import BadDataError, CheckpointError, DivergedError, UsageError
 from sevenfold.data.tokenizer import load_tokenizer as load_tokenizer
 from sevenfold.data.tokenizer import reserved_ids, stop_ids
-from sevenfold.model.config import ModelConfig
+from sevenfold.model.config import InitConfig, ModelConfig
 from sevenfold.model.kernels import note_model
 
 if TYPE_CHECKING:
@@ -43,27 +42,6 @@ TOKENIZER_FILES = (
 MAX_SHARD_SIZE = "5GB"
 # How far the untrained loss may be from ln(vocab_size), as a share of it.
 LOSS_TOLERANCE = 0.05
-
-
-@configuration
-class InitConfig:
-    """How the initial weights are drawn, and how models of the run are stored.
-
-    Errors:
-        ValueError: ``std`` is not above 0.
-    """
-
-    std: float
-    """Standard deviation of the normal distribution that matrices are drawn from."""
-    scale_residual: bool
-    """Divide the spread of the matrices that write into the residual by sqrt(2 x layers)."""
-    dtype: Literal["float32", "bfloat16"]
-    """Type of the weights in the run's model folders."""
-
-    def __post_init__(self) -> None:
-        """Refuse a spread that draws nothing."""
-        if not self.std > 0:
-            raise ValueError(f"std is {self.std}; it must be above 0")
 
 
 def initialize(

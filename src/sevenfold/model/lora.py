@@ -8,15 +8,14 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from sevenfold.base import storage
-from sevenfold.base.config import configuration
 from sevenfold.base.errors import CheckpointError, UsageError, nearest
+from sevenfold.model.config import LoRAAdapterConfig
 from sevenfold.model.llama import unwrap_compiled_model
 
 if TYPE_CHECKING:
@@ -27,20 +26,6 @@ log = logging.getLogger(__name__)
 
 ADAPTER = "default"
 ALL_LINEAR = "all-linear"
-
-
-@configuration
-class LoRAAdapterConfig:
-    """Shape of an adapter.
-
-    ``targets`` is ``all-linear`` (every linear module but the head) or a list of module names,
-    such as ``q_proj``; ``r`` is the rank, ``alpha / r`` the factor on the adapter's output.
-    """
-
-    r: Annotated[int, Field(ge=1)]
-    alpha: Annotated[float, Field(gt=0)]
-    dropout: Annotated[float, Field(ge=0, lt=1)]
-    targets: Literal["all-linear"] | tuple[str, ...]
 
 
 def add_adapter(model: PreTrainedModel, config: LoRAAdapterConfig) -> PeftModel:

@@ -178,9 +178,7 @@ _TABLE = (
     Verb("tokenize", "03: train the tokenizer, pack the texts", f"{_STEPS}:tokenize", (_common,)),
     Verb("init", "04: write the untrained model", f"{_STEPS}:initialize", (_common,)),
     Verb("pretrain", "05: pretrain", f"{_STEPS}:pretrain", (_packed, _training, _common)),
-    Verb(
-        "prepare-sft", "06: prepare conversations", f"{_STEPS}:prepare_sft", (_source, _common)
-    ),
+    Verb("prepare-sft", "06: prepare conversations", f"{_STEPS}:prepare_sft", (_source, _common)),
     Verb("sft", "07: supervised fine-tuning", f"{_STEPS}:sft", (_training, _common)),
     Verb(
         "prepare-dpo", "08: prepare preference pairs", f"{_STEPS}:prepare_dpo", (_source, _common)
@@ -196,9 +194,7 @@ _TABLE = (
         (_span, _gates, _common),
     ),
     Verb("plan", "memory, tokens and time before anything starts", f"{_STEPS}:plan", (_common,)),
-    Verb(
-        "chat", "talk to a run's model", "sevenfold.workflow.chat:chat", (_existing_run, _chat)
-    ),
+    Verb("chat", "talk to a run's model", "sevenfold.workflow.chat:chat", (_existing_run, _chat)),
     Verb("watch", "follow a run that is training", f"{_SHOW}:watch", (_existing_run, _watch)),
     Verb("report", "write report.html", f"{_SHOW}:report", (_existing_run,)),
     Verb("lineage", "what each artifact was made from", f"{_SHOW}:lineage", (_existing_run,)),
@@ -215,7 +211,9 @@ _TABLE = (
 VERBS = {verb.name: verb for verb in _TABLE}
 
 
-def parse(arguments: list[str], *, verb: str | None, program: str) -> tuple[Verb, argparse.Namespace]:
+def parse(
+    arguments: list[str], *, verb: str | None, program: str
+) -> tuple[Verb, argparse.Namespace]:
     """Read ``arguments``; without ``verb`` the first of them is the verb.
 
     Errors:

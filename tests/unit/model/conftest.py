@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from sevenfold.data.tokenizer import TokenizerConfig, train_tokenizer
-from sevenfold.model.config import ModelConfig
-from sevenfold.model.llama import InitConfig
+from sevenfold.model.config import InitConfig, ModelConfig
 
 VOCAB = 320
 

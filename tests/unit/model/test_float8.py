@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from sevenfold.base.errors import UsageError
-from sevenfold.model.config import ModelConfig
+from sevenfold.model.config import InitConfig, ModelConfig
 from sevenfold.model.float8 import convert_to_float8, float8_names, require_float8
-from sevenfold.model.llama import InitConfig, initialize
+from sevenfold.model.llama import initialize
 
 
 def test_layers_are_converted_and_the_head_is_not(tiny: ModelConfig, init: InitConfig) -> None:

@@ -13,9 +13,9 @@ import torch
 from sevenfold.base.config import build
 from sevenfold.base.errors import UsageError
 from sevenfold.model import kernels
-from sevenfold.model.config import ModelConfig
-from sevenfold.model.kernels import KernelConfig, active_kernels, setup_kernel_optimizations
-from sevenfold.model.llama import InitConfig, initialize
+from sevenfold.model.config import InitConfig, KernelConfig, ModelConfig
+from sevenfold.model.kernels import active_kernels, setup_kernel_optimizations
+from sevenfold.model.llama import initialize
 
 
 @pytest.fixture(autouse=True)

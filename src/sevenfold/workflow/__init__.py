@@ -1,0 +1,1 @@
+"""Recipes, steps and commands: recipe, steps, pipeline, training stages, chat, flags, cli, show."""

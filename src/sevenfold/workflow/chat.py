@@ -1,0 +1,187 @@
+"""Talk to a run's model in the terminal, through the chat template it was trained with."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from sevenfold.base import console, storage
+from sevenfold.base.errors import UsageError
+from sevenfold.base.hardware import training_device
+from sevenfold.base.records import STAGES, Run, open_run
+from sevenfold.model.llama import load_model, load_tokenizer
+from sevenfold.verify import generation
+
+FALLBACK_PROMPTS = ("Who are you?", "What is two plus three?", "Tell me something short.")
+CONVERSE_TOKENS = 96
+BATCH_TOKENS = 4096
+Message = dict[str, str]
+
+
+def chat(options: argparse.Namespace) -> None:
+    """Read questions from standard input and answer each as the tokens come.
+
+    Errors:
+        UsageError: there is no run or no finished stage, or a flag is out of range.
+    """
+    if options.temperature < 0:
+        raise UsageError(f"--temperature {options.temperature}: expected 0 or more")
+    if options.max_tokens < 1:
+        raise UsageError(f"--max-tokens {options.max_tokens}: expected 1 or more")
+    run = open_run(options.run)
+    stage = options.stage or latest_stage(run)
+    model, tokenizer = open_model(run, stage)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        console.print_line(f"{stage} of {run.folder}. /new starts over, /quit ends.", style="dim")
+    said: list[Message] = []
+    for line in _questions(interactive=interactive):
+        if line == "/new":
+            said = []
+            continue
+        said.append({"role": "user", "content": line})
+        said = _shorten(tokenizer, said, model, options.max_tokens)
+        answer = _answer(model, tokenizer, said, options.max_tokens, options.temperature)
+        said.append({"role": "assistant", "content": answer})
+
+
+def latest_stage(run: Run) -> str:
+    """Return the last stage that has finished and can converse.
+
+    Errors:
+        UsageError: none has.
+    """
+    for stage in reversed(STAGES[1:]):
+        if (run.stage(stage) / "record.json").is_file():
+            return stage
+    raise UsageError(f"{run.folder}: no trained model yet; run scripts/run_full_pipeline.sh first")
+
+
+def open_model(run: Run, stage: str) -> tuple[Any, Any]:
+    """Load the model and the tokenizer of a stage, ready to answer."""
+    run.record(stage)
+    device = training_device()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = load_model(run.model(stage), dtype, device)
+    model.eval()
+    return model, load_tokenizer(run.model(stage))
+
+
+def converse(run: Run, stage: str, prompts: Sequence[str]) -> list[tuple[str, str]]:
+    """Return each prompt with the model's greedy answer, each in a conversation of its own."""
+    model, tokenizer = open_model(run, stage)
+    questions = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    answers = generation.generate(
+        model,
+        tokenizer,
+        generation.chat_prompts(tokenizer, questions),
+        max_new_tokens=CONVERSE_TOKENS,
+        batch_tokens=BATCH_TOKENS,
+    )
+    return [(prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+def closing_prompts(run: Run) -> list[str]:
+    """Choose three prompts: a question, an unsafe and a harmless request of the run's own tasks."""
+    found: dict[str, str] = {}
+    for path in sorted((run.data("raw") / "evaluation").glob("*.jsonl")):
+        for item in storage.JsonLines(path).read():
+            kind, prompt = _prompt_of(item)
+            if prompt:
+                found.setdefault(kind, prompt)
+    chosen = [found[kind] for kind in ("question", "unsafe", "safe") if kind in found]
+    return [*chosen, *FALLBACK_PROMPTS][:3]
+
+
+def _prompt_of(item: dict[str, Any]) -> tuple[str, str | None]:
+    if item.get("kind") in ("exact", "number") and len(item.get("messages", [])) == 1:
+        return "question", str(item["messages"][0]["content"])
+    if item.get("kind") == "safety":
+        return ("unsafe" if item.get("unsafe") else "safe"), str(item.get("prompt"))
+    return "other", None
+
+
+def _questions(*, interactive: bool) -> Iterator[str]:
+    while True:
+        try:
+            if interactive:
+                line = input("you    ")
+            else:
+                line = sys.stdin.readline()
+                if not line:
+                    return
+        except (EOFError, KeyboardInterrupt):
+            console.print_line()
+            return
+        text = line.strip()
+        if text in ("/quit", "/exit"):
+            return
+        if text:
+            yield text
+
+
+def _shorten(tokenizer: Any, said: list[Message], model: Any, max_tokens: int) -> list[Message]:
+    """Forget the oldest turns when question and answer would not fit into the context.
+
+    Errors:
+        UsageError: the last question alone does not fit.
+    """
+    room = int(model.config.max_position_embeddings)
+    for start in range(0, len(said), 2):
+        ids = generation.chat_prompts(tokenizer, [said[start:]])[0]
+        if len(ids) + min(max_tokens, room // 2) <= room:
+            return said[start:]
+    raise UsageError(f"this question has more tokens than the model's context of {room} leaves")
+
+
+class _Printer:
+    """Prints an answer as its tokens come; whole characters only."""
+
+    def __init__(self, tokenizer: Any, ends: Sequence[int]):
+        self._tokenizer = tokenizer
+        self._ends = set(ends)
+        self._ids: list[int] = []
+        self._is_prompt = True
+        self.text = ""
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt first, then one token at a time."""
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        self._ids += [token for token in value.flatten().tolist() if token not in self._ends]
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            console.print_raw(text[len(self.text) :])
+            self.text = text
+
+    def end(self) -> None:
+        """Finish the line."""
+        console.print_line()
+
+
+@torch.inference_mode()
+def _answer(
+    model: Any, tokenizer: Any, said: list[Message], max_tokens: int, temperature: float
+) -> str:
+    ids = generation.chat_prompts(tokenizer, [said])[0]
+    ends = generation.end_token_ids(tokenizer)
+    printer = _Printer(tokenizer, ends)
+    input_ids = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
+    room = int(model.config.max_position_embeddings) - len(ids)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    console.print_raw("model  ")
+    model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=min(max_tokens, room),
+        eos_token_id=ends,
+        pad_token_id=ends[0],
+        streamer=printer,
+        **({"do_sample": False} | sampling),
+    )
+    return printer.text

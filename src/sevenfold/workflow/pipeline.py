@@ -1,0 +1,234 @@
+"""All steps in order, in one process, with a gate after every training stage."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import importlib
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from sevenfold.base import console, records, storage
+from sevenfold.base.errors import GateRefusedError, SevenfoldError, UsageError, nearest
+from sevenfold.base.records import GATED_STAGES
+from sevenfold.workflow import recipe as recipes
+from sevenfold.workflow import steps
+from sevenfold.workflow.steps import Job
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One numbered step of the pipeline; ``verb`` is its name on the command line."""
+
+    number: str
+    verb: str
+    module: str
+    function: str
+
+    @property
+    def is_training(self) -> bool:
+        """True for the stages that end with a gate."""
+        return self.verb in GATED_STAGES
+
+
+STEPS = (
+    Step("01", "download", "prepare", "download"),
+    Step("02", "clean", "prepare", "clean"),
+    Step("03", "tokenize", "prepare", "tokenize_and_pack"),
+    Step("04", "init", "initialize", "initialize"),
+    Step("05", "pretrain", "pretrain", "pretrain"),
+    Step("06", "prepare-sft", "prepare", "prepare_sft"),
+    Step("07", "sft", "sft", "sft"),
+    Step("08", "prepare-dpo", "prepare", "prepare_dpo"),
+    Step("09", "dpo", "dpo", "dpo"),
+    Step("10", "lora", "lora", "lora"),
+)
+STRIP_MARKS = {"done": ("✓", "green"), "now": ("▸", "bold"), "to come": ("·", "dim")}
+RESULT_STYLES = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
+
+
+def run_all(options: argparse.Namespace) -> None:
+    """Run the steps from ``--from`` to ``--until``; stop at a refusing gate unless forced.
+
+    Errors:
+        GateRefusedError: a gate did not promote; the report is written all the same.
+    """
+    chosen = select(options.first, options.last)
+    gates_file = options.gates or recipes.gates_file()
+    for name, value in {"resume": True, "start_from": None, "fp8": None}.items():
+        setattr(options, name, value)
+    with steps.working_on(options) as job:
+        steps.require_known_metrics(job, gates_file)
+        if options.dry_run:
+            _dry_run(job, chosen)
+            return
+        started_at_s = time.monotonic()
+        try:
+            for index, step in enumerate(chosen):
+                _announce(step, chosen, index)
+                _perform(step, job, options, gates_file)
+                release_models()
+        except GateRefusedError:
+            _close(job, started_at_s, talk=False)
+            raise
+        _close(job, started_at_s, talk=True)
+
+
+def select(first: str | None, last: str | None) -> tuple[Step, ...]:
+    """Return the steps from ``first`` to ``last``, each a verb or a number, both included.
+
+    Errors:
+        UsageError: a step that does not exist, or the last before the first.
+    """
+    start = 0 if first is None else _find("--from", first)
+    end = len(STEPS) - 1 if last is None else _find("--until", last)
+    if end < start:
+        raise UsageError(f"--until {last} comes before --from {first}; exchange them")
+    return STEPS[start : end + 1]
+
+
+def _find(flag: str, name: str) -> int:
+    names = {"11": "10", "12": "10", "evaluate": "lora", "check": "lora"}
+    wanted = names.get(name, name)
+    for index, step in enumerate(STEPS):
+        if wanted in (step.verb, step.number, step.number.lstrip("0")):
+            return index
+    raise UsageError(f"{flag} {name}: no such step{nearest(name, [s.verb for s in STEPS])}")
+
+
+def _dry_run(job: Job, chosen: tuple[Step, ...]) -> None:
+    stages = [step.verb for step in chosen if step.is_training]
+    steps.call("planning", "dry_run")(job.run, job.recipe, stages)
+
+
+def _announce(step: Step, chosen: tuple[Step, ...], index: int) -> None:
+    """Print the strip of steps: done, this one, to come."""
+    strip = Text()
+    for at, other in enumerate(chosen):
+        mark, style = (
+            ("✓", "green") if at < index else ("▸", "bold") if at == index else ("·", "dim")
+        )
+        strip.append(f" {mark} {other.number} {other.verb} ", style=style)
+    plain = console.output_console()
+    if plain.is_terminal:
+        plain.rule(style="dim")
+        plain.print(strip)
+    else:
+        plain.print(Text(f"[{index + 1}/{len(chosen)}] {step.number} {step.verb}"))
+
+
+def _perform(step: Step, job: Job, options: argparse.Namespace, gates_file: Path) -> None:
+    if step.is_training:
+        steps.train_stage(job, step.verb, options)
+        _judge(step.verb, job, options.force, gates_file)
+    elif step.module == "prepare" and step.function != "clean" and step.number != "03":
+        steps.call(step.module, step.function)(job.run, job.recipe, [])
+    else:
+        steps.call(step.module, step.function)(job.run, job.recipe)
+
+
+def _judge(stage: str, job: Job, force: str | None, gates_file: Path) -> None:
+    """Measure and judge ``stage``, unless it has a passing verdict on these very bytes."""
+    if is_promoted(job, stage):
+        console.print_line(f"{stage}: already promoted", style="green")
+        return
+    release_models()
+    steps.call("evaluation", "evaluate_stage")(job.run, job.recipe, stage)
+    try:
+        steps.call("evaluation", "check_stage")(job.run, job.recipe, stage, gates_file)
+    except GateRefusedError as refusal:
+        _print_verdict(job.run, stage)
+        if force is None:
+            raise
+        console.print_line(f"going on past the gate, forced: {force} ({refusal})", style="yellow")
+    else:
+        _print_verdict(job.run, stage)
+
+
+def is_promoted(job: Job, stage: str) -> bool:
+    """True if the gate promoted exactly the bytes that the stage's folder holds."""
+    try:
+        records.open_promoted(job.run, stage)
+    except SevenfoldError:
+        return False
+    return True
+
+
+def release_models() -> None:
+    """Drop what a stage left in memory, so that the next one starts from the same free memory."""
+    gc.collect()
+    hardware: Any = importlib.import_module("sevenfold.base.hardware")
+    hardware.release_memory()
+
+
+def _print_verdict(run: records.Run, stage: str) -> None:
+    path = run.stage(stage) / "verdict.json"
+    if not path.is_file():
+        return
+    verdict = storage.read_json(path)
+    rows = []
+    for check in verdict.get("checks", []):
+        result = str(check.get("result"))
+        bounds = f"{_short(check.get('low'))} to {_short(check.get('high'))}"
+        wanted = f"{check.get('direction')} {_short(check.get('threshold'))}"
+        rows.append(
+            [
+                str(check.get("metric")),
+                check.get("value"),
+                bounds,
+                check.get("n"),
+                wanted,
+                Text(result, style=RESULT_STYLES.get(result, "")),
+            ]
+        )
+    answer = "promoted" if verdict.get("promoted") else "not promoted"
+    columns = ["metric", "value", "interval", "n", "wanted", "result"]
+    console.print_table(f"{stage}: {answer}", columns, rows)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else "-"
+
+
+def _close(job: Job, started_at_s: float, *, talk: bool) -> None:
+    """Print the verdicts, three conversations, and where the report is."""
+    from sevenfold.verify import report
+
+    path = report.write_report(job.run)
+    _print_verdicts(job.run)
+    finished = [s for s in GATED_STAGES if (job.run.stage(s) / "record.json").is_file()]
+    if talk and [s for s in finished if s != "pretrain"]:
+        _print_conversations(job.run, finished[-1])
+    console.print_line()
+    console.print_line(f"time    {console.duration(time.monotonic() - started_at_s)}")
+    console.print_line(f"report  {path}")
+    console.print_line(f"talk    sevenfold chat {job.run.folder}")
+
+
+def _print_verdicts(run: records.Run) -> None:
+    rows = []
+    for stage in GATED_STAGES:
+        path = run.stage(stage) / "verdict.json"
+        if not path.is_file():
+            rows.append([stage, "not judged", ""])
+            continue
+        verdict = storage.read_json(path)
+        checks = verdict.get("checks", [])
+        passed = sum(check.get("result") == "pass" for check in checks)
+        promoted = verdict.get("promoted") is True
+        word = Text("promoted" if promoted else "refused", style="green" if promoted else "red")
+        rows.append([stage, word, f"{passed} of {len(checks)} checks pass"])
+    console.print_table("verdicts", ["stage", "gate", ""], rows)
+
+
+def _print_conversations(run: records.Run, stage: str) -> None:
+    chat: Any = importlib.import_module("sevenfold.workflow.chat")
+    console.print_line()
+    console.print_line(f"Three questions to the model of stage {stage}:", style="bold")
+    for prompt, answer in chat.converse(run, stage, chat.closing_prompts(run)):
+        console.print_line(f"  you    {prompt}", style="cyan")
+        console.print_line(f"  model  {answer}")

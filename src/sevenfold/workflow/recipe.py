@@ -1,0 +1,253 @@
+"""The recipe of a run: every setting of every step, composed from the rooms' configurations."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+import sevenfold
+from sevenfold.base import storage
+from sevenfold.base.config import (
+    Document,
+    build,
+    configuration,
+    fingerprint,
+    override,
+    read_yaml,
+    to_plain,
+)
+from sevenfold.base.errors import UsageError, nearest
+from sevenfold.base.records import Run, open_run, write_run
+from sevenfold.data.chat import ChatDataConfig, PreferenceDataConfig
+from sevenfold.data.clean import CleanConfig
+from sevenfold.data.shards import PackConfig
+from sevenfold.data.sources import SourceConfig
+from sevenfold.data.tokenizer import TokenizerConfig
+from sevenfold.data.village import VillageConfig
+from sevenfold.model.config import (
+    InitConfig,
+    KernelConfig,
+    LoRAAdapterConfig,
+    ModelConfig,
+    read_model_file,
+)
+from sevenfold.train.config import TrainConfig
+from sevenfold.verify.config import EvaluateConfig
+
+DEFAULT_PRESET = "demo"
+CUSTOM_PRESET = "custom"
+GATES_FILE = "promotion_gates.yaml"
+
+
+@configuration
+class DataConfig:
+    """Where the texts come from: ``sources``, or the embedded village.
+
+    ``validation_fraction`` of the documents is held out, unless a source says which.
+    """
+
+    sources: tuple[SourceConfig, ...]
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)]
+    village: VillageConfig | None = None
+
+    def __post_init__(self) -> None:
+        """Check that there is one kind of source."""
+        if bool(self.sources) == (self.village is not None):
+            raise ValueError("give either sources, or village with sources: []")
+
+
+@configuration
+class SFTConfig:
+    """Supervised fine-tuning: its conversations and its training."""
+
+    data: ChatDataConfig
+    train: TrainConfig
+
+
+@configuration
+class DPOConfig:
+    """Preference optimisation; ``nll_weight`` keeps the chosen answers likely in themselves."""
+
+    data: PreferenceDataConfig
+    beta: Annotated[float, Field(gt=0)]
+    nll_weight: Annotated[float, Field(ge=0)]
+    train: TrainConfig
+
+
+@configuration
+class LoRAConfig:
+    """An adapter: its rows, its shape and its training."""
+
+    data: ChatDataConfig
+    adapter: LoRAAdapterConfig
+    train: TrainConfig
+
+
+@configuration
+class Recipe:
+    """Everything that decides what comes out of a run.
+
+    ``tracking`` is ``wandb`` or ``none``; ``gpu_hour_price`` is what an hour of one GPU costs, in
+    any currency, for the cost in the records.
+    """
+
+    seed: int
+    model: ModelConfig
+    data: DataConfig
+    clean: CleanConfig
+    tokenizer: TokenizerConfig
+    pack: PackConfig
+    init: InitConfig
+    kernels: KernelConfig
+    pretrain: TrainConfig
+    sft: SFTConfig
+    dpo: DPOConfig
+    lora: LoRAConfig
+    evaluate: EvaluateConfig
+    tracking: Literal["wandb", "none"]
+    gpu_hour_price: Annotated[float, Field(gt=0)] | None = None
+
+    def __post_init__(self) -> None:
+        """Check what several sections must agree on."""
+        if self.tokenizer.vocab_size != self.model.vocab_size:
+            raise ValueError(
+                f"tokenizer.vocab_size {self.tokenizer.vocab_size} is not the model's vocab_size "
+                f"{self.model.vocab_size}; every row of the model needs a token"
+            )
+        stages = {"sft": self.sft.train, "dpo": self.dpo.train, "lora": self.lora.train}
+        for stage, train in {"pretrain": self.pretrain, **stages}.items():
+            if train.longest_context > self.model.max_seq_len:
+                raise ValueError(
+                    f"{stage}: contexts reach {train.longest_context} tokens, but the model's "
+                    f"max_seq_len is {self.model.max_seq_len}"
+                )
+        if self.pack.row_length < self.pretrain.longest_context:
+            raise ValueError(
+                f"pack.row_length {self.pack.row_length} is shorter than the longest context of "
+                f"pretrain, {self.pretrain.longest_context}"
+            )
+
+
+def configs_folder() -> Path:
+    """Return the folder of the presets: the repository's, or the copy in an installed package."""
+    package = Path(sevenfold.__file__).parent
+    repository = package.parent.parent
+    if (repository / "pyproject.toml").is_file() and (repository / "configs").is_dir():
+        return repository / "configs"
+    return package / "configs"
+
+
+def presets() -> list[str]:
+    """Return the names of the presets that have a recipe."""
+    return sorted(path.stem for path in configs_folder().glob("*.yaml") if path.name != GATES_FILE)
+
+
+def gates_file() -> Path:
+    """Return the file of the gates' thresholds."""
+    return configs_folder() / GATES_FILE
+
+
+def read_evaluation(preset: str) -> EvaluateConfig:
+    """Return what ``preset`` measures, without the rest of its recipe."""
+    values = read_yaml(preset_file(preset))
+    lines = {where[1:]: n for where, n in values.lines.items() if where[:1] == ("evaluate",)}
+    return build(EvaluateConfig, Document(values.get("evaluate") or {}, values.path, lines))
+
+
+def resolve(
+    preset: str | None = None,
+    config_file: Path | None = None,
+    overrides: Sequence[str] = (),
+    run_folder: Path | None = None,
+) -> tuple[Run, Recipe]:
+    """Return the run and its recipe, without writing anything.
+
+    The recipe is the preset's file, or ``config_file``, or what an existing run was made with;
+    then ``overrides`` (``section.key=value``) are applied. ``save`` writes the run down.
+
+    Errors:
+        UsageError: an unknown preset or key, a wrong value, or another preset than the run's.
+    """
+    folder = run_folder or Path("runs") / _preset_name(preset, config_file)
+    if (folder / "run.json").is_file():
+        run = open_run(folder)
+        if preset not in (None, run.preset):
+            raise UsageError(
+                f"{folder}: this run was made with preset '{run.preset}', not '{preset}'; leave "
+                "--preset out, or name another folder with --run"
+            )
+        preset = run.preset
+        found = Document(run.recipe, str(folder / "run.json"), {})
+        values = found if config_file is None else read_yaml(config_file)
+    else:
+        preset = _preset_name(preset, config_file)
+        values = read_yaml(config_file or preset_file(preset))
+    recipe = build(Recipe, _assemble(values, overrides))
+    plain = to_plain(recipe)
+    facts = {"preset": preset, "recipe": plain, "fingerprint": fingerprint(plain)}
+    return Run(folder=folder, facts=facts), recipe
+
+
+def _preset_name(preset: str | None, config_file: Path | None) -> str:
+    """Name the preset: as asked; else after the file if that is a preset's; else custom."""
+    if preset is None and config_file is not None:
+        return config_file.stem if config_file.stem in presets() else CUSTOM_PRESET
+    preset = preset or DEFAULT_PRESET
+    if config_file is None or preset != CUSTOM_PRESET:
+        preset_file(preset)
+    return preset
+
+
+def preset_file(preset: str) -> Path:
+    """Return the recipe file of ``preset``.
+
+    Errors:
+        UsageError: there is none.
+    """
+    if preset not in presets():
+        raise UsageError(f"--preset {preset}: no such preset{nearest(preset, presets())}")
+    return configs_folder() / f"{preset}.yaml"
+
+
+def _assemble(values: Document, overrides: Sequence[str]) -> Document:
+    """Put the architecture's sizes in place of its file's name, then apply ``overrides``."""
+    merged = override(_with_architecture(values), overrides)
+    return _with_architecture(Document(merged, values.path, getattr(merged, "lines", {})))
+
+
+def _with_architecture(values: Document) -> Document:
+    name = values.get("model")
+    if not isinstance(name, str):
+        return values
+    beside = Path(values.path).parent / name
+    path = next((p for p in (beside, Path(name), configs_folder() / name) if p.is_file()), beside)
+    sizes = to_plain(read_model_file(path))
+    lines = {where: line for where, line in values.lines.items() if where[:1] != ("model",)}
+    return Document({**values, "model": sizes}, values.path, lines)
+
+
+def save(run: Run) -> Run:
+    """Write ``run.json`` if it is new or its settings have changed, and return the run."""
+    path = run.folder / "run.json"
+    if path.is_file() and storage.read_json(path).get("fingerprint") == run.facts["fingerprint"]:
+        return open_run(run.folder)
+    return write_run(run.folder, preset=run.preset, recipe=run.recipe)
+
+
+@contextlib.contextmanager
+def saved(run: Run) -> Iterator[Run]:
+    """Save ``run`` for a step; take its settings back if the step refuses them."""
+    path = run.folder / "run.json"
+    before: Mapping[str, Any] | None = storage.read_json(path) if path.is_file() else None
+    try:
+        yield save(run)
+    except UsageError:
+        if before is None:
+            storage.remove_file(path)
+        elif before != storage.read_json(path):
+            storage.write_json(path, before)
+        raise

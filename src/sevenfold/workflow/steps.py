@@ -1,0 +1,254 @@
+"""The steps 01 to 12 as commands: settle the recipe, hold the run's lock, do the step."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sevenfold.base import console, storage
+from sevenfold.base.config import to_plain
+from sevenfold.base.errors import SevenfoldError
+from sevenfold.base.records import GATED_STAGES, Run
+from sevenfold.workflow import recipe as recipes
+from sevenfold.workflow.recipe import Recipe
+
+LOCK_HELD_VARIABLE = "SEVENFOLD_LOCK_HELD"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run that is being worked on, and its recipe."""
+
+    run: Run
+    recipe: Recipe
+
+
+@contextlib.contextmanager
+def working_on(options: argparse.Namespace, overrides: Sequence[str] = ()) -> Iterator[Job]:
+    """Settle the recipe, lock the run, save its settings; a dry run does only the first.
+
+    ``overrides`` come from named flags and outrank ``--set``.
+    """
+    chosen = [*options.set, *overrides]
+    run, recipe = recipes.resolve(options.preset, options.config, chosen, options.run)
+    if options.dry_run or _is_locked_for_us(run.folder):
+        yield Job(run=run, recipe=recipe)
+        return
+    with storage.lock_run(run.folder), recipes.saved(run) as saved:
+        yield Job(run=saved, recipe=recipe)
+
+
+def _is_locked_for_us(folder: Path) -> bool:
+    """True in a process that was started by one that holds the lock, or by torchrun."""
+    held = os.environ.get(LOCK_HELD_VARIABLE) == str(folder.resolve())
+    return held or os.environ.get("RANK", "0") != "0"
+
+
+def download(options: argparse.Namespace) -> None:
+    """Step 01."""
+    with working_on(options, source_overrides("data", options.source)) as job:
+        if not _ends_dry(options, f"01 would read {_sources(job)} into {job.run.data('raw')}"):
+            call("prepare", "download")(job.run, job.recipe, options.source)
+
+
+def clean(options: argparse.Namespace) -> None:
+    """Step 02."""
+    with working_on(options) as job:
+        if not _ends_dry(options, f"02 would clean into {job.run.data('clean')}"):
+            call("prepare", "clean")(job.run, job.recipe)
+
+
+def tokenize(options: argparse.Namespace) -> None:
+    """Step 03."""
+    with working_on(options) as job:
+        if not _ends_dry(options, f"03 would pack into {job.run.data('packed')}"):
+            call("prepare", "tokenize_and_pack")(job.run, job.recipe)
+
+
+def initialize(options: argparse.Namespace) -> None:
+    """Step 04."""
+    with working_on(options) as job:
+        parameters = job.recipe.model.num_parameters
+        if not _ends_dry(options, f"04 would write a model of {parameters:,} parameters"):
+            call("initialize", "initialize")(job.run, job.recipe)
+
+
+def pretrain(options: argparse.Namespace) -> None:
+    """Step 05."""
+    train(options, "pretrain")
+
+
+def prepare_sft(options: argparse.Namespace) -> None:
+    """Step 06."""
+    with working_on(options, source_overrides("sft.data", options.source)) as job:
+        if not _ends_dry(options, f"06 would prepare {job.run.data('sft')} and its like for lora"):
+            call("prepare", "prepare_sft")(job.run, job.recipe, options.source)
+
+
+def sft(options: argparse.Namespace) -> None:
+    """Step 07."""
+    train(options, "sft")
+
+
+def prepare_dpo(options: argparse.Namespace) -> None:
+    """Step 08."""
+    with working_on(options, source_overrides("dpo.data", options.source)) as job:
+        if not _ends_dry(options, f"08 would prepare {job.run.data('dpo')}"):
+            call("prepare", "prepare_dpo")(job.run, job.recipe, options.source)
+
+
+def dpo(options: argparse.Namespace) -> None:
+    """Step 09."""
+    train(options, "dpo")
+
+
+def lora(options: argparse.Namespace) -> None:
+    """Step 10."""
+    train(options, "lora")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Step 11."""
+    with working_on(options) as job:
+        tasks = job.recipe.evaluate.tasks_of(options.stage)
+        if not _ends_dry(options, f"11 would measure {', '.join(task.name for task in tasks)}"):
+            call("evaluation", "evaluate_stage")(job.run, job.recipe, options.stage)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Step 12."""
+    with working_on(options) as job:
+        gates_file = options.gates or recipes.gates_file()
+        if not _ends_dry(options, f"12 would judge {options.stage} by {gates_file}"):
+            call("evaluation", "check_stage")(job.run, job.recipe, options.stage, gates_file)
+
+
+def train(options: argparse.Namespace, stage: str) -> None:
+    """Train one stage: in this process, or in one process per GPU where there are several."""
+    with working_on(options, precision_overrides(options, stage)) as job:
+        require_known_metrics(job, recipes.gates_file())
+        if options.dry_run:
+            call("planning", "dry_run")(job.run, job.recipe, [stage])
+        else:
+            train_stage(job, stage, options)
+
+
+def train_stage(job: Job, stage: str, options: argparse.Namespace) -> None:
+    """Train ``stage`` of a run whose lock is held."""
+    if _train_on_all_gpus(job.run, stage, options):
+        return
+    training = importlib.import_module("sevenfold.workflow.training")
+    stage_options = training.StageOptions(
+        oom_recovery=options.enable_oom_recovery,
+        resume=options.resume,
+        start_from=options.start_from,
+        force=options.force,
+        data=getattr(options, "data", None),
+    )
+    call(stage, stage)(job.run, job.recipe, stage_options)
+
+
+def _train_on_all_gpus(run: Run, stage: str, options: argparse.Namespace) -> bool:
+    """Start one process per GPU and wait for them; False where one process is enough.
+
+    Errors:
+        SevenfoldError: the processes ended with an error, which they have printed themselves.
+    """
+    from sevenfold.train import parallel
+
+    num_processes = parallel.num_processes_to_start()
+    if num_processes == 1:
+        return False
+    os.environ[LOCK_HELD_VARIABLE] = str(run.folder.resolve())
+    arguments = ["-m", "sevenfold.workflow.cli", stage, "--run", str(run.folder)]
+    arguments += ["--enable-oom-recovery"] if options.enable_oom_recovery else []
+    arguments += [] if options.resume else ["--no-resume"]
+    arguments += ["--debug"] if options.debug else []
+    for name in ("start_from", "force", "data"):
+        value = getattr(options, name, None)
+        arguments += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+    code = parallel.launch(arguments, num_processes)
+    if code:
+        kinds = {kind.exit_code: kind for kind in SevenfoldError.__subclasses__()}
+        raise kinds.get(code, SevenfoldError)(
+            f"{stage}: one of {num_processes} processes ended with exit code {code}; its own "
+            "message is above"
+        )
+    return True
+
+
+def require_known_metrics(job: Job, gates_file: Path) -> None:
+    """Refuse a gate that asks for a metric nobody measures, before the hours are spent.
+
+    All sections of the file are read, those of other presets against these presets' recipes.
+    """
+    from sevenfold.verify import gates
+    from sevenfold.verify.config import metrics_of_stage
+
+    thresholds = gates.read_gates(gates_file)
+    known = {}
+    for preset in {*recipes.presets(), job.run.preset}:
+        own = preset == job.run.preset
+        config = job.recipe.evaluate if own else recipes.read_evaluation(preset)
+        known[preset] = {stage: metrics_of_stage(config, stage) for stage in GATED_STAGES}
+    gates.check_names(thresholds, known)
+
+
+def precision_overrides(options: argparse.Namespace, stage: str) -> list[str]:
+    """Return what ``--fp8`` and ``--no-fp8`` mean for the recipe."""
+    if options.fp8 is None:
+        return []
+    section = stage if stage == "pretrain" else f"{stage}.train"
+    return [f"{section}.precision={'fp8' if options.fp8 else 'bf16'}"]
+
+
+def source_overrides(section: str, sources: Sequence[Path]) -> list[str]:
+    """Return what ``--source`` means for the recipe: later steps read the same sources.
+
+    Errors:
+        UsageError: nothing is there.
+    """
+    if not sources:
+        return []
+    from sevenfold.data.sources import list_files, source_from_path
+
+    configs = []
+    for path in sources:
+        config = source_from_path(path.expanduser().absolute())
+        list_files(config)
+        configs.append(to_plain(config))
+    replaced = ["data.village=null"] if section == "data" else []
+    return [f"{section}.sources={json.dumps(configs)}", *replaced]
+
+
+def _sources(job: Job) -> str:
+    sources = job.recipe.data.sources
+    return ", ".join(source.location for source in sources) or "the embedded village"
+
+
+def _ends_dry(options: argparse.Namespace, plan: str) -> bool:
+    """Say what would be done if this is a dry run."""
+    if options.dry_run:
+        console.print_line(f"dry run: {plan}; nothing was written")
+    return bool(options.dry_run)
+
+
+def call(module: str, function: str) -> Callable[..., Any]:
+    """Import a step only now: most of them import torch and transformers."""
+    step: Callable[..., Any] = getattr(
+        importlib.import_module(f"sevenfold.workflow.{module}"), function
+    )
+    return step
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Plan every training stage: memory, tokens, time and cost; train nothing."""
+    run, recipe = recipes.resolve(options.preset, options.config, options.set, options.run)
+    call("planning", "plan_all")(run, recipe)

@@ -1,0 +1,318 @@
+"""Weights depend on seed and name only; what is saved loads elsewhere with equal logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sevenfold.base import storage
+from sevenfold.base.config import build
+from sevenfold.base.errors import BadDataError, CheckpointError, DivergedError, UsageError
+from sevenfold.data.tokenizer import END, reserved_ids
+from sevenfold.model.config import ModelConfig
+from sevenfold.model.llama import (
+    InitConfig,
+    check_start,
+    initialize,
+    load_model,
+    load_tokenizer,
+    plain_name,
+    save_model,
+    unwrap_compiled_model,
+)
+
+IDS_BT = torch.arange(40).view(2, 20) * 7 % 320
+FP32 = torch.float32
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=IDS_BT).logits
+    return found
+
+
+def test_weights_depend_on_seed_and_name_only(tiny: ModelConfig, init: InitConfig) -> None:
+    torch.manual_seed(1)
+    first = initialize(tiny, init, 7).state_dict()
+    torch.manual_seed(2)
+    again = initialize(tiny, init, 7).state_dict()
+    deeper = initialize(dataclasses.replace(tiny, num_layers=3), init, 7).state_dict()
+    other = initialize(tiny, init, 8).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(torch.equal(first[name], deeper[name]) for name in first)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(first[name], other[name])
+    assert not torch.equal(first[name], first["model.layers.1.mlp.up_proj.weight"])
+
+
+def test_spreads(tiny: ModelConfig, init: InitConfig) -> None:
+    scaled = dataclasses.replace(init, scale_residual=True)
+    untied = dataclasses.replace(tiny, tie_embeddings=False, hidden_size=64)
+    state = initialize(untied, scaled, 0).state_dict()
+    layer = "model.layers.1."
+    assert state[layer + "mlp.up_proj.weight"].std().item() == pytest.approx(0.06, rel=0.05)
+    shrunk = 0.06 / math.sqrt(4)
+    assert state[layer + "mlp.down_proj.weight"].std().item() == pytest.approx(shrunk, rel=0.05)
+    assert state[layer + "self_attn.o_proj.weight"].std().item() == pytest.approx(shrunk, rel=0.05)
+    assert state["lm_head.weight"].std().item() == pytest.approx(0.06, rel=0.05)
+    wide = initialize(untied, dataclasses.replace(init, std=0.5), 0).state_dict()
+    assert wide["lm_head.weight"].std().item() == pytest.approx(0.5 / 8, rel=0.05)
+    assert bool((state["model.norm.weight"] == 1).all())
+
+
+def test_bf16_is_the_rounded_fp32_and_rotary_stays_fp32(
+    tiny: ModelConfig, init: InitConfig
+) -> None:
+    exact = initialize(tiny, init, 7)
+    rounded = initialize(tiny, init, 7, torch.bfloat16)
+    for name, weight in exact.state_dict().items():
+        assert torch.equal(weight.bfloat16(), rounded.state_dict()[name])
+    assert rounded.model.rotary_emb.inv_freq.dtype == FP32
+    assert torch.equal(rounded.model.rotary_emb.inv_freq, exact.model.rotary_emb.inv_freq)
+
+
+def test_tied_weights_are_one_tensor(tiny: ModelConfig, init: InitConfig) -> None:
+    model = initialize(tiny, init, 0)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_rotary_embeddings_are_those_of_a_model_built_plainly(
+    tiny: ModelConfig, init: InitConfig
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    model = initialize(tiny, init, 0)
+    plain = LlamaForCausalLM(tiny.to_hf())
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(logits(model), logits(plain))
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_an_untrained_model_starts_as_one_that_knows_nothing(
+    tiny: ModelConfig, init: InitConfig, tie_embeddings: bool
+) -> None:
+    config = dataclasses.replace(tiny, tie_embeddings=tie_embeddings)
+    start = check_start(initialize(config, init, 0), 0)
+    assert start.expected_loss == pytest.approx(math.log(320))
+    assert start.loss == pytest.approx(start.expected_loss, rel=0.05)
+    assert start.num_parameters == config.num_parameters
+
+
+def test_too_wide_a_start_is_refused(tiny: ModelConfig, init: InitConfig) -> None:
+    model = initialize(tiny, dataclasses.replace(init, std=1.0), 0)
+    with pytest.raises(UsageError, match=r"off ln\(vocab_size\) = 5\.768; set a smaller init\.std"):
+        check_start(model, 0)
+
+
+def test_a_model_that_sees_the_future_is_refused(tiny: ModelConfig, init: InitConfig) -> None:
+    model = initialize(tiny, init, 0)
+    model.config.is_causal = False
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    forward = model.model.forward
+
+    def leaking(**inputs: Any) -> Any:
+        mask_btt = torch.ones(4, 1, 64, 64, dtype=torch.bool)
+        return forward(**{**inputs, "attention_mask": mask_btt})
+
+    model.model.forward = leaking
+    with pytest.raises(UsageError, match="changed logits before it.*not causal; use another one"):
+        check_start(model, 0)
+
+
+def test_spread_must_be_positive() -> None:
+    with pytest.raises(UsageError, match="std is 0.0; it must be above 0"):
+        build(InitConfig, {"std": 0.0, "scale_residual": False, "dtype": "float32"})
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_a_saved_model_loads_elsewhere_with_equal_logits(
+    tiny: ModelConfig,
+    init: InitConfig,
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    tie_embeddings: bool,
+) -> None:
+    config = dataclasses.replace(tiny, tie_embeddings=tie_embeddings)
+    model = initialize(config, init, 0)
+    manifest = save_model(model, tokenizer_folder, tmp_path / "model", FP32, step=3)
+    assert (manifest["kind"], manifest["step"]) == ("model", 3)
+    storage.verify_folder(tmp_path / "model")
+    names = {path.name for path in (tmp_path / "model").iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors"} <= names
+    assert {"tokenizer.json", "tokenizer_config.json"} <= names
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    assert ("lm_head.weight" in saved) is not tie_embeddings
+    assert sum(tensor.numel() for tensor in saved.values()) == config.num_parameters
+    torch.save(logits(model), tmp_path / "logits.pt")
+    code = (
+        "import torch, sys; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()\n"
+        "ids = torch.arange(40).view(2, 20) * 7 % 320\n"
+        "with torch.no_grad(): found = model(input_ids=ids).logits\n"
+        "assert torch.equal(found, torch.load(sys.argv[2])), 'other logits'\n"
+        "assert len(AutoTokenizer.from_pretrained(sys.argv[1])) == 320\n"
+        "print(model.dtype, model.config.tie_word_embeddings)"
+    )
+    arguments = [sys.executable, "-c", code, str(tmp_path / "model"), str(tmp_path / "logits.pt")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["torch.float32", str(tie_embeddings)], done.stderr
+
+
+def test_configuration_files_hold_what_training_used_and_no_path(
+    tiny: ModelConfig, init: InitConfig, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    save_model(initialize(tiny, init, 0), tokenizer_folder, tmp_path / "model", torch.bfloat16)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    config = storage.read_json(tmp_path / "model" / "config.json")
+    assert config["dtype"] == "bfloat16"
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["rope_parameters"]["rope_theta"] == 10_000.0
+    assert config["bos_token_id"] == tokenizer.bos_token_id
+    generation = storage.read_json(tmp_path / "model" / "generation_config.json")
+    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END)}
+    assert set(generation["eos_token_id"]) == ends
+    assert generation["pad_token_id"] == tokenizer.pad_token_id
+    assert generation["suppress_tokens"] == reserved_ids(tokenizer)
+    assert generation["suppress_tokens"]
+    for path in (tmp_path / "model").glob("*.json"):
+        assert str(tmp_path) not in path.read_text()
+        assert str(tokenizer_folder) not in path.read_text()
+
+
+def test_generation_never_gives_a_reserved_token(
+    tiny: ModelConfig, init: InitConfig, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    model = initialize(tiny, init, 0)
+    reserved = reserved_ids(load_tokenizer(tokenizer_folder))
+    with torch.no_grad():
+        # A model that would rather say nothing else.
+        model.model.embed_tokens.weight[reserved] *= 50
+    save_model(model, tokenizer_folder, tmp_path / "model", FP32)
+    loaded: Any = load_model(tmp_path / "model")
+    assert set(logits(loaded).argmax(-1).flatten().tolist()) <= set(reserved)
+    given = loaded.generate(
+        IDS_BT[:1], attention_mask=torch.ones_like(IDS_BT[:1]), max_new_tokens=8, do_sample=False
+    )
+    assert not set(given[0, IDS_BT.shape[1] :].tolist()) & set(reserved)
+
+
+def test_compiled_and_wrapped_names_never_reach_a_file(
+    tiny: ModelConfig, init: InitConfig, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = initialize(tiny, init, 0)
+    expected = logits(model)
+    layers = model.model.layers
+    layers[0] = torch.compile(layers[0])
+    layers[1] = checkpoint_wrapper(layers[1])
+    compiled: Any = torch.compile(model)
+    assert unwrap_compiled_model(compiled) is model
+    assert unwrap_compiled_model(model) is model
+    assert any("_orig_mod" in name for name in model.state_dict())
+    save_model(compiled, tokenizer_folder, tmp_path / "model", FP32)
+    for path in (tmp_path / "model").iterdir():
+        assert b"_orig_mod" not in path.read_bytes()
+        assert b"_checkpoint_wrapped" not in path.read_bytes()
+    assert torch.equal(logits(load_model(tmp_path / "model")), expected)
+    assert plain_name("_orig_mod.model.layers.0._orig_mod.x") == "model.layers.0.x"
+
+
+def test_gathered_weights_are_saved_in_place_of_the_models_own(
+    tiny: ModelConfig, init: InitConfig, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    model, trained = initialize(tiny, init, 0), initialize(tiny, init, 1)
+    # Gathered tied weights come twice, as tensors of their own.
+    state = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+    save_model(model, tokenizer_folder, tmp_path / "model", FP32, state_dict=state)
+    assert torch.equal(logits(load_model(tmp_path / "model")), logits(trained))
+    del state["model.norm.weight"]
+    with pytest.raises(CheckpointError, match=r"first 'model\.norm\.weight'; nothing was written"):
+        save_model(model, tokenizer_folder, tmp_path / "other", FP32, state_dict=state)
+    assert not (tmp_path / "other").exists()
+
+
+def test_many_shards_with_an_index(
+    tiny: ModelConfig,
+    init: InitConfig,
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sevenfold.model.llama.MAX_SHARD_SIZE", "20KB")
+    model = initialize(tiny, init, 0)
+    save_model(model, tokenizer_folder, tmp_path / "model", FP32)
+    assert (tmp_path / "model" / "model.safetensors.index.json").is_file()
+    assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 1
+    assert torch.equal(logits(load_model(tmp_path / "model")), logits(model))
+
+
+def test_another_vocabulary_is_refused(
+    tiny: ModelConfig, init: InitConfig, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    model = initialize(dataclasses.replace(tiny, vocab_size=384), init, 0)
+    with pytest.raises(BadDataError, match="320 entries, but the model has 384.*vocab_size 384 or"):
+        save_model(model, tokenizer_folder, tmp_path / "model", FP32)
+    assert not (tmp_path / "model").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    tiny: ModelConfig, init: InitConfig, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    model = initialize(tiny, init, 0)
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    with pytest.raises(DivergedError, match=r"'model\.norm\.weight' holds NaN.*earlier checkpoint"):
+        save_model(model, tokenizer_folder, tmp_path / "model", FP32)
+    assert not (tmp_path / "model").exists()
+
+
+def test_folders_that_are_no_model_are_refused(
+    tiny: ModelConfig, init: InitConfig, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"no config\.json here; name a Hugging Face folder"):
+        load_model(tmp_path)
+    folder = tmp_path / "model"
+    save_model(initialize(tiny, init, 0), tokenizer_folder, folder, FP32)
+    weights = folder / "model.safetensors"
+    state = load_file(weights)
+    save_file(
+        {n: t for n, t in state.items() if n != "model.norm.weight"}, weights, {"format": "pt"}
+    )
+    with pytest.raises(
+        CheckpointError, match=r"first 'model\.norm\.weight'; export the model again"
+    ):
+        load_model(folder)
+    save_file({**state, "model.norm.weight": torch.ones(5)}, weights, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="does not load as a causal language model"):
+        load_model(folder)
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="use a complete folder of a model that transformers"):
+        load_model(folder)
+    weights.unlink()
+    with pytest.raises(UsageError, match=r"no \*\.safetensors here.*save_pretrained"):
+        load_model(folder)
+
+
+def test_code_that_lies_in_a_model_folder_is_not_run(
+    tiny: ModelConfig, init: InitConfig, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    save_model(initialize(tiny, init, 0), tokenizer_folder, folder, FP32)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(CheckpointError, match="does not load as a causal language model"):
+        load_model(folder)
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,221 @@
+"""An adapter starts as nothing, merges to what it was, and is refused when it cannot be right."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sevenfold.base import storage
+from sevenfold.base.config import build
+from sevenfold.base.errors import CheckpointError, UsageError
+from sevenfold.model.config import InitConfig, ModelConfig
+from sevenfold.model.llama import initialize, save_model
+from sevenfold.model.lora import (
+    LoRAAdapterConfig,
+    add_adapter,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+)
+
+IDS_BT = torch.arange(40).view(2, 20) * 7 % 320
+CONFIG = LoRAAdapterConfig(r=4, alpha=8.0, dropout=0.0, targets="all-linear")
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=IDS_BT).logits
+    return found
+
+
+def trained(model: Any, spread: float = 0.1) -> Any:
+    """Give an adapter weights as training would."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, spread)
+    return model
+
+
+@pytest.fixture
+def base(tiny: ModelConfig, init: InitConfig) -> Any:
+    return initialize(tiny, init, 0)
+
+
+def test_a_new_adapter_changes_nothing_and_only_it_is_trained(base: Any) -> None:
+    before = logits(base)
+    adapted = add_adapter(base, CONFIG)
+    assert torch.equal(logits(adapted), before)
+    open_to_training = [n for n, p in adapted.named_parameters() if p.requires_grad]
+    # A and B for seven linear modules in each of two layers.
+    assert len(open_to_training) == 28
+    assert all("lora_" in name for name in open_to_training)
+    assert not any("lm_head" in name for name in open_to_training)
+
+
+def test_the_seed_decides_the_adapter(base: Any) -> None:
+    other, third = copy.deepcopy(base), copy.deepcopy(base)
+    found = []
+    for seed, model in ((1, base), (1, other), (2, third)):
+        torch.manual_seed(seed)
+        adapted = add_adapter(model, CONFIG)
+        found.append({n: p for n, p in adapted.named_parameters() if "lora_A" in n})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert not any(torch.equal(found[0][name], found[2][name]) for name in found[0])
+
+
+def test_named_targets(base: Any) -> None:
+    config = LoRAAdapterConfig(r=2, alpha=2.0, dropout=0.0, targets=("v_proj", "q_proj"))
+    names = [n for n, p in add_adapter(base, config).named_parameters() if p.requires_grad]
+    assert len(names) == 8
+    assert all("q_proj" in name or "v_proj" in name for name in names)
+
+
+def test_targets_that_match_nothing_are_refused(base: Any) -> None:
+    wrong = LoRAAdapterConfig(r=2, alpha=2.0, dropout=0.0, targets=("q_prj",))
+    with pytest.raises(UsageError, match="'q_prj' matches no linear module.*did you mean 'q_proj'"):
+        add_adapter(base, wrong)
+    head = LoRAAdapterConfig(r=2, alpha=2.0, dropout=0.0, targets=("lm_head",))
+    with pytest.raises(UsageError, match="'lm_head' matches no linear module"):
+        add_adapter(base, head)
+    with pytest.raises(UsageError, match=r"lora\.targets is empty; name modules or write all-lin"):
+        add_adapter(base, LoRAAdapterConfig(r=2, alpha=2.0, dropout=0.0, targets=()))
+
+
+@pytest.mark.parametrize(
+    "change", [{"r": 0}, {"alpha": 0}, {"dropout": 1.0}, {"targets": 3}, {"rank": 2}]
+)
+def test_settings_are_validated(change: dict[str, Any]) -> None:
+    good = {"r": 4, "alpha": 8.0, "dropout": 0.0, "targets": ["q_proj"]}
+    assert build(LoRAAdapterConfig, good).targets == ("q_proj",)
+    assert build(LoRAAdapterConfig, {**good, "targets": "all-linear"}).targets == "all-linear"
+    with pytest.raises(UsageError, match=next(iter(change))):
+        build(LoRAAdapterConfig, {**good, **change})
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_merged_equals_adapter(tiny: ModelConfig, init: InitConfig, tie_embeddings: bool) -> None:
+    import dataclasses
+
+    model = initialize(dataclasses.replace(tiny, tie_embeddings=tie_embeddings), init, 0)
+    before = logits(model)
+    adapted = trained(add_adapter(model, CONFIG))
+    with_adapter = logits(adapted)
+    assert (with_adapter - before).abs().max() > 0.1
+    merged = merge_adapter(adapted)
+    assert type(merged).__name__ == "LlamaForCausalLM"
+    assert not any("lora" in name for name in merged.state_dict())
+    assert (logits(merged) - with_adapter).abs().max() <= 1e-5
+
+
+def test_bf16_is_merged_in_fp32_and_rounded_once(tiny: ModelConfig, init: InitConfig) -> None:
+    model = initialize(tiny, init, 0, torch.bfloat16)
+    name = "layers.0.self_attn.q_proj"
+    before = model.get_submodule(f"model.{name}").weight.detach().float()
+    adapted = trained(add_adapter(model, CONFIG))
+    module = adapted.get_submodule(f"base_model.model.model.{name}")
+    down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
+    assert down.dtype == up.dtype == torch.float32
+    expected = (before.double() + 2.0 * (up.double() @ down.double())).bfloat16()
+    merged = merge_adapter(adapted)
+    assert torch.equal(merged.get_submodule(f"model.{name}").weight, expected)
+
+
+def test_merging_twice_is_refused(base: Any) -> None:
+    merged = merge_adapter(trained(add_adapter(base, CONFIG)))
+    with pytest.raises(UsageError, match="no LoRA adapter, or it was merged already; give"):
+        merge_adapter(merged)  # type: ignore[arg-type]
+
+
+def test_an_adapter_that_was_not_trained_is_refused(base: Any, tmp_path: Path) -> None:
+    adapted = add_adapter(base, CONFIG)
+    with pytest.raises(CheckpointError, match=r"zero everywhere.*not trained; run the lora stage"):
+        merge_adapter(adapted)
+    with pytest.raises(CheckpointError, match="zero everywhere"):
+        save_adapter(adapted, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_that_is_not_finite_is_refused(base: Any, tmp_path: Path, value: float) -> None:
+    adapted = trained(add_adapter(base, CONFIG))
+    weight = adapted.base_model.model.model.layers[1].mlp.up_proj.lora_A["default"].weight
+    with torch.no_grad():
+        weight[0, 0] = value
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.lora_A.*lower schedule"):
+        merge_adapter(adapted)
+    with pytest.raises(CheckpointError, match="holds NaN or infinity"):
+        save_adapter(adapted, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_saved_adapter_is_read_by_peft_elsewhere(
+    base: Any, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    save_model(base, tokenizer_folder, tmp_path / "base", torch.float32)
+    adapted = trained(add_adapter(base, CONFIG))
+    manifest = save_adapter(adapted, tmp_path / "adapter", base="dpo/model", base_fingerprint="abc")
+    assert (manifest["kind"], manifest["base_fingerprint"]) == ("adapter", "abc")
+    assert {file["path"] for file in manifest["files"]} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    settings = storage.read_json(tmp_path / "adapter" / "adapter_config.json")
+    assert settings["base_model_name_or_path"] == "dpo/model"
+    assert settings["target_modules"] == sorted(settings["target_modules"])
+    torch.save(logits(adapted), tmp_path / "logits.pt")
+    code = (
+        "import torch, sys; from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "base = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "model = PeftModel.from_pretrained(base, sys.argv[2]).eval()\n"
+        "ids = torch.arange(40).view(2, 20) * 7 % 320\n"
+        "with torch.no_grad(): found = model(input_ids=ids).logits\n"
+        "print((found - torch.load(sys.argv[3])).abs().max().item() <= 1e-5)"
+    )
+    folders = [str(tmp_path / name) for name in ("base", "adapter", "logits.pt")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *folders], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "True", done.stderr
+
+
+def test_a_path_of_this_machine_is_not_written_down(base: Any, tmp_path: Path) -> None:
+    adapted = trained(add_adapter(base, CONFIG))
+    with pytest.raises(
+        UsageError, match="is a path of this machine; give a name such as dpo/model"
+    ):
+        save_adapter(adapted, tmp_path / "adapter", base=str(tmp_path))
+    save_adapter(adapted, tmp_path / "adapter")
+    for path in (tmp_path / "adapter").iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes()
+
+
+def test_loading_checks_base_and_bytes(
+    base: Any, tiny: ModelConfig, init: InitConfig, tmp_path: Path
+) -> None:
+    plain = copy.deepcopy(base)
+    adapted = trained(add_adapter(base, CONFIG))
+    folder = tmp_path / "adapter"
+    save_adapter(adapted, folder, base_fingerprint="right")
+    loaded = load_adapter(copy.deepcopy(plain), folder, base_fingerprint="right")
+    assert torch.equal(logits(loaded), logits(adapted))
+    with pytest.raises(CheckpointError, match=r"trained on the base model right, not.*\(wrong\)"):
+        load_adapter(plain, folder, base_fingerprint="wrong")
+    import dataclasses
+
+    wider = initialize(dataclasses.replace(tiny, intermediate_size=64), init, 0)
+    with pytest.raises(CheckpointError, match="does not fit this model.*it was trained on"):
+        load_adapter(wider, folder)
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        load_adapter(plain, folder)
