@@ -13,9 +13,9 @@ import bisect
 import dataclasses
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -62,9 +62,10 @@ class Batch:
             return self
         return self._map(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
 
-    def _map(self, change: Any) -> Batch:
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Batch(**{name: None if v is None else change(v) for name, v in values.items()})
+        present = {name: change(value) for name, value in values.items() if value is not None}
+        return dataclasses.replace(self, **present)
 
     def split(self, num_rows: int) -> Iterator[Batch]:
         """Yield micro-batches of at most ``num_rows`` rows."""

@@ -24,6 +24,7 @@ def negative_log_likelihood(
 
     Shapes:
         hidden_nh [n, h]; weight_vh [v, h]; targets_n [n], -100 where nothing is to be predicted.
+
     Returns:
         [n] in nats, fp32, 0 where the target is -100.
 

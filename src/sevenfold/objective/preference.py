@@ -24,10 +24,12 @@ def answer_scores(scores_bt: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 
     Shapes:
         scores_bt [b, t]: negative log-likelihood in nats.
+
     Returns:
         log-probability [b, s, 2] in nats summed over each answer's tokens, and their number.
     """
-    assert batch.answers_bt is not None and batch.examples_bs is not None
+    assert batch.answers_bt is not None
+    assert batch.examples_bs is not None
     num_rows, num_examples = batch.examples_bs.shape
     slots_bt = torch.where(batch.answers_bt < 0, 2 * num_examples, batch.answers_bt)
     empty = scores_bt.new_zeros(num_rows, 2 * num_examples + 1)
@@ -58,7 +60,8 @@ def summed_preference_loss(
         Rafailov et al. 2023, eq. 7 (arXiv:2305.18290); the added likelihood term: Pang et al.
         2024 (arXiv:2404.19733).
     """
-    assert batch.examples_bs is not None and batch.reference_bs2 is not None
+    assert batch.examples_bs is not None
+    assert batch.reference_bs2 is not None
     logps_bs2, counts_bs2 = answer_scores(scorer(batch), batch)
     gain_bs2 = logps_bs2 - batch.reference_bs2
     margin_bs = beta * (gain_bs2[..., 0] - gain_bs2[..., 1])

@@ -1,1 +1,1 @@
-"""How a model is trained: config, loop, optimizer, schedule, parallel, checkpoint, recovery, planner."""
+"""How a model is trained: checkpoint config loop optimizer parallel planner recovery schedule."""

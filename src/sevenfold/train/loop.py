@@ -253,8 +253,13 @@ def save(bench: Workbench) -> None:
 def trained_state(bench: Workbench) -> dict[str, Tensor]:
     """Return what training changes: all weights, or the adapters alone where the rest is frozen."""
     state = parallel.gather_model(bench.scorer, bench.processes)
+    trained = _trained_names(bench)
+    return {name: value for name, value in state.items() if name in trained}
+
+
+def _trained_names(bench: Workbench) -> set[str]:
     frozen = {name for name, p in bench.scorer.named_parameters() if not p.requires_grad}
-    return {name: value for name, value in state.items() if name not in frozen}
+    return set(bench.scorer.state_dict()) - frozen
 
 
 def resume(bench: Workbench) -> bool:
@@ -270,15 +275,13 @@ def resume(bench: Workbench) -> bool:
     _check_identity(
         snapshot.state["identity"], bench.identity, bench.checkpoints.path(snapshot.step)
     )
-    expected = set(trained_state(bench))
-    if set(snapshot.model) != expected:
-        odd = sorted(set(snapshot.model) ^ expected)[0]
+    if odd_names := set(snapshot.model) ^ _trained_names(bench):
+        odd = sorted(odd_names)[0]
         raise CheckpointError(
             f"{bench.checkpoints.path(snapshot.step)}: tensor {odd} is in only one of checkpoint "
             "and model; start the stage again with --no-resume"
         )
-    state = parallel.gather_model(bench.scorer, bench.processes) | snapshot.model
-    parallel.scatter_model(bench.scorer, state, bench.processes)
+    parallel.scatter_model(bench.scorer, snapshot.model, bench.processes)
     parallel.scatter_optimizer(
         bench.scorer, bench.optimizer, dict(snapshot.optimizer), bench.processes
     )

@@ -75,11 +75,12 @@ def shard(scorer: nn.Module, layers: list[nn.Module], processes: Processes, *, b
     """Shard parameters, gradients and optimizer state over all processes with FSDP2."""
     if processes.world == 1:
         return
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     compute = torch.bfloat16 if bf16 else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-    mesh = dist.init_device_mesh(processes.device.type, (processes.world,))
+    mesh = init_device_mesh(processes.device.type, (processes.world,))
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(scorer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
@@ -97,13 +98,17 @@ def gather_model(model: nn.Module, processes: Processes) -> dict[str, Tensor]:
 
 
 def scatter_model(model: nn.Module, state: dict[str, Tensor], processes: Processes) -> None:
-    """Load whole tensors, held by every process, into a possibly sharded model."""
+    """Load whole tensors, held by every process, into a possibly sharded model.
+
+    Weights that ``state`` does not name (frozen ones) stay as they are.
+    """
     if processes.world == 1:
-        model.load_state_dict(state)
+        model.load_state_dict(state, strict=False)
         return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True))
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(model, dict(state), options=options)
 
 
 def gather_optimizer(

@@ -8,8 +8,8 @@ from sevenfold.base import records, storage
 from sevenfold.base.config import fingerprint
 from sevenfold.data.batches import PackedPreferences, Preference
 from sevenfold.model import llama
-from sevenfold.objective.preference import preference_objective, reference_scores
 from sevenfold.objective.next_token import Scorer
+from sevenfold.objective.preference import preference_objective, reference_scores
 from sevenfold.train import loop
 from sevenfold.workflow import training
 from sevenfold.workflow.recipe import Recipe

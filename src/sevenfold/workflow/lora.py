@@ -1,4 +1,4 @@
-"""Stage lora: SFT of small adapters on a frozen model; the adapter and the merged model are kept."""
+"""Stage lora: SFT of small adapters on a frozen model; adapter and merged model are kept."""
 
 from __future__ import annotations
 

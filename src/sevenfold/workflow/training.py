@@ -1,4 +1,4 @@
-"""What the training stages share: open the input, build the workbench, train, close with a record."""
+"""What the training stages share: open the input, build the bench, train, write the record."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any,
 
 
 def load_scorer(job: Job) -> Scorer:
-    """Load the model to train, with the kernels, attention and precision that the stage asks for."""
+    """Load the model to train, with the kernels, attention and precision that are asked for."""
     config, device = job.config, job.processes.device
     gpu = detect_gpu_type()
     setup_torch_backends(deterministic=config.deterministic)

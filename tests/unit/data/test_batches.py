@@ -71,7 +71,8 @@ def test_processes_share_each_batch_exactly() -> None:
 def test_a_shorter_context_cuts_the_same_rows() -> None:
     phases = (ContextPhase(length=4, until=0.5), ContextPhase(length=8, until=1.0))
     short, long = batches(contexts=phases), batches()
-    assert short.length(4) == 4 and short.length(5) == 8
+    assert short.length(4) == 4
+    assert short.length(5) == 8
     assert torch.equal(short.batch(2).inputs_bt.flatten(), long.batch(2).inputs_bt.flatten())
 
 
@@ -150,7 +151,8 @@ def test_preferences_number_their_answers() -> None:
     rows = PackedPreferences(preferences, 12, pad_id=0, seed=1, reference_n2=reference)
     batch = rows.batch(np.array([0]), 12)
     assert batch.inputs_bt[0].tolist() == [1, 2, 3, 4, 1, 2, 5, 6, 7, 0, 0, 0]
-    assert batch.answers_bt is not None and batch.examples_bs is not None
+    assert batch.answers_bt is not None
+    assert batch.examples_bs is not None
     assert batch.answers_bt[0].tolist() == [-1, 0, 0, -1, -1, 1, -1, 2, -1, -1, -1, -1]
     assert batch.examples_bs[0].tolist() == [1, 2]
     assert batch.reference_bs2 is not None

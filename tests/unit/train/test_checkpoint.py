@@ -33,7 +33,8 @@ def saved(folder: Path, *steps: int, keep: int = 9) -> Checkpoints:
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     loaded = saved(tmp_path, 3).load_latest()
     assert loaded is not None
-    assert loaded.step == 3 and loaded.state == {"step": 3}
+    assert loaded.step == 3
+    assert loaded.state == {"step": 3}
     assert torch.equal(loaded.model["b"], torch.arange(6.0))
     assert torch.equal(loaded.model["view"], torch.arange(12.0).view(3, 4).t())
     assert float(loaded.optimizer["a::step"]) == 3.0
@@ -72,7 +73,8 @@ def test_a_damaged_file_is_named_and_the_one_before_is_used(
     else:
         path.unlink()
     loaded = checkpoints.load_latest()
-    assert loaded is not None and loaded.step == 1
+    assert loaded is not None
+    assert loaded.step == 1
     assert name in caplog.text
     assert (tmp_path / "damaged-step-00000002").is_dir()
     checkpoints.save(snapshot(2))
@@ -102,7 +104,7 @@ def test_random_state_comes_back() -> None:
 
 
 def test_killed_at_any_file_operation_one_checkpoint_is_whole(tmp_path: Path) -> None:
-    """Fork a child per crash point; each saves step 1, then is killed somewhere in saving step 2."""
+    """Fork a child per crash point; each is killed somewhere in saving steps 1 and 2."""
     survived = 0
     for point in range(1, 200):
         folder = tmp_path / str(point)
@@ -118,7 +120,8 @@ def test_killed_at_any_file_operation_one_checkpoint_is_whole(tmp_path: Path) ->
         checkpoints = Checkpoints(folder, keep=1)
         loaded = checkpoints.load_latest()
         if os.WIFEXITED(status):
-            assert loaded is not None and loaded.step == 2
+            assert loaded is not None
+            assert loaded.step == 2
             assert point > 20
             return
         survived += loaded is not None

@@ -182,6 +182,18 @@ def test_it_learns_and_writes_one_row_a_step(tmp_path: Path) -> None:
     assert made.checkpoints.steps() == [15, 20, 24]
 
 
+def signalling(made: loop.Workbench, stop_at: int) -> Objective:
+    """The bench's objective, which sends this process SIGTERM in step ``stop_at``."""
+    objective = made.objective
+
+    def total(scorer: Any, batch: Any) -> Any:
+        if made.step == stop_at - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return objective.total(scorer, batch)
+
+    return Objective(weigh=objective.weigh, total=total)
+
+
 @pytest.mark.parametrize("stops", [(5,), (7, 11), (3, 9, 20)])
 def test_stopped_and_resumed_it_is_bit_identical(tmp_path: Path, stops: tuple[int, ...]) -> None:
     """Stops fall inside and across the curriculum boundary and the epoch boundary at step 5."""
@@ -189,14 +201,7 @@ def test_stopped_and_resumed_it_is_bit_identical(tmp_path: Path, stops: tuple[in
     loop.fit(unbroken)
     for stop_at in stops:
         made = bench(tmp_path / "broken")
-        objective = made.objective
-
-        def total(scorer: Any, batch: Any, made: Any = made, at: int = stop_at) -> Any:
-            if made.step == at - 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return objective.total(scorer, batch)
-
-        made.objective = Objective(weigh=objective.weigh, total=total)
+        made.objective = signalling(made, stop_at)
         with pytest.raises(StoppedError, match="run the same command again"):
             loop.fit(made)
     made = bench(tmp_path / "broken")
@@ -241,9 +246,7 @@ def test_out_of_memory_halves_and_goes_on_like_a_run_of_that_size(tmp_path: Path
 
 
 def test_out_of_memory_without_recovery_says_which_flag_helps(tmp_path: Path) -> None:
-    made = bench(
-        tmp_path, recovery=False, objective=failing({1}, torch.OutOfMemoryError("fake"))
-    )
+    made = bench(tmp_path, recovery=False, objective=failing({1}, torch.OutOfMemoryError("fake")))
     with pytest.raises(MemoryExhaustedError, match="add --enable-oom-recovery"):
         loop.fit(made)
 

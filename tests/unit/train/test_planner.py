@@ -1,0 +1,218 @@
+"""The planner against measured peaks, and its refusals with the numbers in them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sevenfold.base.errors import UsageError
+from sevenfold.base.hardware import GPUInfo, detect_gpu_type
+from sevenfold.model.config import ModelConfig, read_model_file
+from sevenfold.train.config import (
+    ContextPhase,
+    Duration,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from sevenfold.train.planner import Plan, Rate, describe, plan, require_room
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+BIG = read_model_file(CONFIGS / "model_7b.py")
+DEMO = read_model_file(CONFIGS / "model_demo.py")
+TRAIN = TrainConfig(
+    duration=Duration(steps=100),
+    tokens_per_batch=131_072,
+    contexts=(ContextPhase(length=2048, until=1.0),),
+    micro_batch=2,
+    mask_documents=False,
+    optimizer=OptimizerConfig(
+        kind="adamw_8bit", betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.1, clip_norm=1.0
+    ),
+    schedule=ScheduleConfig(kind="cosine", peak_lr=3e-4, final_lr=0.0, warmup_fraction=0.02),
+    precision="bf16",
+    weights="bf16",
+    compile="auto",
+    recompute=False,
+    deterministic=False,
+    validate_every=10,
+    validation_batches=1,
+    checkpoint_every=10,
+    keep_checkpoints=1,
+    log_every=1,
+    max_skipped_steps=0,
+)
+H100 = GPUInfo(
+    name="NVIDIA H100 80GB HBM3",
+    gpu_type="H100",
+    num_gpus=1,
+    memory_gib=79.1,
+    compute_capability=(9, 0),
+    supports_bf16=True,
+    supports_fp8=True,
+    compile_mode="max-autotune",
+    peak_bf16_tflops=989.0,
+)
+CPU = GPUInfo(**{**H100, "name": "CPU", "gpu_type": "cpu", "num_gpus": 0, "memory_gib": 0.0})
+
+
+def big_plan(**changes: Any) -> Plan:
+    asked = {"num_steps": 100, "precision": "bf16", "loss_kernel": "cce", **changes}
+    model, train = asked.pop("model", BIG), asked.pop("train", TRAIN)
+    return plan(model, train, **asked)
+
+
+@pytest.mark.parametrize(
+    ("precision", "micro_batch", "per_step", "measured_gib"),
+    [
+        ("bf16", 2, 1, 45.6),
+        ("bf16", 2, 8, 59.1),
+        ("bf16", 4, 4, 76.4),
+        ("fp8", 2, 1, 43.0),
+        ("fp8", 2, 8, 54.0),
+        ("fp8", 4, 4, 66.0),
+    ],
+)
+def test_within_five_percent_of_what_was_measured_on_an_h100(
+    precision: str, micro_batch: int, per_step: int, measured_gib: float
+) -> None:
+    train = dataclasses.replace(
+        TRAIN, micro_batch=micro_batch, tokens_per_batch=micro_batch * per_step * 2048
+    )
+    found = big_plan(train=train, precision=precision)
+    assert found.micro_batches_per_step == per_step
+    assert found.peak_gib == pytest.approx(measured_gib, rel=0.05)
+
+
+def test_parts_are_counted_from_the_sizes() -> None:
+    part = big_plan().memory[0]
+    gib = BIG.num_parameters / 2**30
+    assert part.weights_gib == pytest.approx(2 * gib)
+    assert part.gradients_gib == pytest.approx(2 * gib)
+    assert part.optimizer_gib == pytest.approx(2.03 * gib, rel=0.001)
+    full = dataclasses.replace(
+        TRAIN, weights="fp32", optimizer=dataclasses.replace(TRAIN.optimizer, kind="adamw")
+    )
+    part = big_plan(train=full).memory[0]
+    assert part.weights_gib + part.gradients_gib + part.optimizer_gib == pytest.approx(16 * gib)
+
+
+def test_what_saves_memory_saves_it() -> None:
+    before = big_plan()
+    recomputed = big_plan(train=dataclasses.replace(TRAIN, recompute=True))
+    assert recomputed.memory[0].activations_gib < before.memory[0].activations_gib / 5
+    assert big_plan(world_size=4).peak_gib < before.peak_gib
+    assert big_plan(precision="fp8").peak_gib < before.peak_gib
+    assert big_plan(num_trainable_parameters=40_000_000).peak_gib < before.peak_gib - 20
+    assert big_plan(compiled=False).peak_gib > before.peak_gib
+    assert big_plan(loss_kernel="plain").memory[0].loss_gib > 1
+    assert big_plan(precision="fp32").peak_gib > before.peak_gib
+
+
+def test_every_context_of_the_curriculum_is_planned() -> None:
+    phases = ((512, 0.25), (1024, 0.5), (2048, 1.0))
+    contexts = tuple(ContextPhase(length=length, until=until) for length, until in phases)
+    found = big_plan(train=dataclasses.replace(TRAIN, contexts=contexts))
+    assert [part.seq_len for part in found.memory] == [512, 1024, 2048]
+    # As many tokens in a micro-batch at every length, so about as much memory.
+    peaks = [part.peak_gib for part in found.memory]
+    assert max(peaks) == pytest.approx(min(peaks), rel=0.01)
+    tokens = 100 * 131_072
+    by_hand = sum(
+        share * tokens * BIG.flops_per_token(length)
+        for share, length in ((0.25, 512), (0.25, 1024), (0.5, 2048))
+    )
+    assert found.flops == pytest.approx(by_hand)
+
+
+def test_time_and_cost_from_a_measured_rate() -> None:
+    found = big_plan(
+        rate=Rate(tokens_per_s=10_000), world_size=2, price_per_gpu_hour=3.0, num_steps=1000
+    )
+    assert found.tokens == 131_072_000
+    assert found.elapsed_s == pytest.approx(6553.6)
+    assert found.gpu_hours == pytest.approx(2 * 6553.6 / 3600)
+    assert found.cost == pytest.approx(3 * 2 * 6553.6 / 3600)
+    rows = dict(describe(found))
+    assert rows["rate"] == "10,000 tokens/s per GPU (measured)"
+    assert rows["cost"] == "10.92"
+    assert rows["memory: peak at 2048"].endswith("GiB")
+
+
+def test_an_assumption_is_called_one() -> None:
+    found = big_plan(rate=Rate(assumed_mfu=0.5, peak_flops=989e12))
+    assert found.tokens_per_s_per_gpu == pytest.approx(0.5 * 22_114, rel=0.001)
+    assert "assumed: 50% of 989 TFLOP/s" in dict(describe(found))["rate"]
+
+
+def test_without_a_rate_there_is_no_time() -> None:
+    found = big_plan(price_per_gpu_hour=3.0)
+    assert (found.elapsed_s, found.gpu_hours, found.cost) == (None, None, None)
+    assert not {"rate", "time", "cost"} & set(dict(describe(found)))
+
+
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        ({}, "exactly one of tokens_per_s and assumed_mfu"),
+        ({"tokens_per_s": 1.0, "assumed_mfu": 0.5}, "exactly one of"),
+        ({"assumed_mfu": 0.5}, "assumed_mfu needs peak_flops"),
+    ],
+)
+def test_a_rate_is_one_thing(given: dict[str, float], advice: str) -> None:
+    with pytest.raises(ValueError, match=advice):
+        Rate(**given)
+
+
+def test_the_7b_on_a_machine_without_a_gpu_is_explained() -> None:
+    with pytest.raises(UsageError) as caught:
+        require_room(big_plan(), CPU, memory_gib=24.0)
+    message = str(caught.value)
+    for part in ("no GPU on this machine", "7.39 B parameters need 59.1 GiB", "weights 13.8"):
+        assert part in message
+    assert "run it on a GPU with at least 80 GiB, or take --preset demo" in message
+    assert caught.value.exit_code == 2
+    # Memory enough, but months of work.
+    with pytest.raises(UsageError, match=r"about [\d,]+ days"):
+        require_room(big_plan(num_steps=10_000), CPU, memory_gib=1024.0)
+
+
+def test_the_demo_fits_here() -> None:
+    train = dataclasses.replace(
+        TRAIN,
+        tokens_per_batch=4096,
+        contexts=(ContextPhase(length=128, until=1.0),),
+        micro_batch=16,
+        weights="fp32",
+        optimizer=dataclasses.replace(TRAIN.optimizer, kind="adamw"),
+    )
+    small = big_plan(
+        model=DEMO,
+        train=train,
+        num_steps=500,
+        precision="fp32",
+        loss_kernel="plain",
+        compiled=False,
+    )
+    assert small.peak_gib < 1
+    require_room(small, detect_gpu_type())
+
+
+def test_a_gpu_that_is_too_small_is_refused_with_the_numbers() -> None:
+    require_room(big_plan(), H100)
+    small = GPUInfo(**{**H100, "name": "NVIDIA A100 40GB", "memory_gib": 39.4})
+    with pytest.raises(UsageError, match=r"59\.1 GiB are needed.*has 39\.4 GiB; set a smaller"):
+        require_room(big_plan(), small)
+
+
+def test_sizes_of_another_model(tiny_heads: ModelConfig) -> None:
+    wide = dataclasses.replace(tiny_heads, num_kv_heads=tiny_heads.num_heads)
+    assert big_plan(model=wide).peak_gib > big_plan(model=tiny_heads).peak_gib
+
+
+@pytest.fixture
+def tiny_heads() -> ModelConfig:
+    return dataclasses.replace(BIG, num_kv_heads=1)
