@@ -1,0 +1,15 @@
+"""From sources to token ids: what the stages train on.
+
+In reading order:
+
+- ``strict_json``: JSON Lines and JSON lists in which every mistake has a line and a field
+- ``sources``: rows and documents from local files, folders and the Hugging Face Hub
+- ``rows``: the shapes of instruction and preference rows that are understood, and their checks
+- ``village``: the demo's own small world
+- ``clean``: normalising, filtering, deduplicating, splitting off validation documents
+- ``tokenizer``: training a byte-level BPE, or taking over an existing tokenizer
+- ``chat``: conversations to token ids and loss masks
+- ``tables``: tokenised conversations and preference pairs as Hugging Face data sets
+- ``shards``: packed token rows, written and read
+- ``batches``: what each training step sees
+"""

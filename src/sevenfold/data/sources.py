@@ -1,0 +1,389 @@
+"""Where data comes from: local files and folders, saved data sets, the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import io
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from sevenfold.base.config import configuration
+from sevenfold.base.errors import BadDataError, UsageError
+from sevenfold.base.storage import MANIFEST
+from sevenfold.data.strict_json import (
+    MAX_LINE_BYTES,
+    Values,
+    decode_lines,
+    kind_of,
+    read_json_lines,
+    read_json_list,
+)
+
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".csv")
+COMPRESSIONS = (".gz", ".zst")
+UNKNOWN_LICENCE = "unknown"
+
+
+class Row(NamedTuple):
+    """One row, where it stands (``file:line``), and the same relative to its source."""
+
+    values: Values
+    where: str
+    key: str
+
+
+@configuration
+class SourceConfig:
+    """One source of rows or documents: a local ``path`` or a Hub ``dataset``.
+
+    ``path`` is a file, a folder (read recursively), a glob, or a ``save_to_disk`` folder.
+    ``dataset`` is streamed; it needs ``revision`` (a commit or tag, so that the data cannot change
+    between two runs) and ``split``. ``columns`` maps our names to the source's, for example
+    ``{text: content}``. ``max_rows`` and ``max_characters`` end the source early.
+    """
+
+    name: str
+    path: str | None = None
+    dataset: str | None = None
+    revision: str | None = None
+    subset: str | None = None
+    split: str | None = None
+    columns: dict[str, str] | None = None
+    max_rows: int | None = None
+    max_characters: int | None = None
+    licence: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check that exactly one kind of source is named, with what that kind needs."""
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("name exactly one of 'path' (local) and 'dataset' (Hugging Face Hub)")
+        if self.dataset is not None and (self.revision is None or self.split is None):
+            raise ValueError("a 'dataset' needs 'revision' (a commit or tag) and 'split'")
+        if self.path is not None and (self.revision or self.subset):
+            raise ValueError("'revision' and 'subset' belong to a 'dataset', not to a 'path'")
+        for limit in (self.max_rows, self.max_characters):
+            if limit is not None and limit < 1:
+                raise ValueError("'max_rows' and 'max_characters' are at least 1")
+
+    @property
+    def location(self) -> str:
+        """What was named: path or data set."""
+        return str(self.path or self.dataset)
+
+
+def source_from_path(path: Path) -> SourceConfig:
+    """Return the source that ``--source PATH`` means, named after the file."""
+    name = path.name
+    for suffix in (*COMPRESSIONS, *SUFFIXES):
+        name = name.removesuffix(suffix)
+    return SourceConfig(name=name or str(path), path=str(path))
+
+
+def list_files(source: SourceConfig) -> tuple[Path, list[Path]]:
+    """Return the root of a local source and its files, sorted; none for a ``save_to_disk`` folder.
+
+    Errors:
+        UsageError: nothing is there, or nothing of a kind that is read.
+        BadDataError: a link leads out of the folder, or a file is listed twice.
+    """
+    path = Path(str(source.path)).expanduser()
+    if path.is_file():
+        _kind(path)
+        return path.parent, [path]
+    if path.is_dir():
+        if is_saved_dataset(path):
+            return path, []
+        root, found = path, sorted(path.rglob("*"))
+    else:
+        root, found = _glob(path)
+    files = [file for file in found if file.is_file() and _is_wanted(file, root)]
+    if not files:
+        raise UsageError(
+            f"{path}: no {', '.join(SUFFIXES)} file there (each also as {', '.join(COMPRESSIONS)});"
+            " name an existing file, folder or glob"
+        )
+    seen: dict[Path, Path] = {}
+    for file in files:
+        real = file.resolve()
+        if not real.is_relative_to(root.resolve()):
+            raise BadDataError(
+                f"{file}: a link to {real}, outside {root}; copy the file into the folder"
+            )
+        if real in seen:
+            raise BadDataError(f"{file}: the same file as {seen[real]}; keep one of them")
+        seen[real] = file
+    return root, files
+
+
+def _glob(path: Path) -> tuple[Path, list[Path]]:
+    parts = path.parts
+    wild = next((i for i, part in enumerate(parts) if set(part) & set("*?[")), None)
+    if wild is None:
+        raise UsageError(f"{path}: no such file or folder; check the path")
+    root = Path(*parts[:wild]) if wild else Path()
+    return root, sorted(root.glob(str(Path(*parts[wild:]))))
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """True for a folder that ``save_to_disk`` of ``datasets`` wrote."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def _is_wanted(file: Path, root: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
+    plain = file.with_suffix("") if file.suffix in COMPRESSIONS else file
+    return not hidden and plain.suffix in SUFFIXES and file.name != MANIFEST
+
+
+def _kind(path: Path) -> str:
+    plain = path.with_suffix("") if path.suffix in COMPRESSIONS else path
+    if plain.suffix not in SUFFIXES:
+        raise UsageError(
+            f"{path}: files of this kind are not read; give {', '.join(SUFFIXES)}, "
+            f"each also as {' or '.join(COMPRESSIONS)}, or a folder"
+        )
+    return plain.suffix
+
+
+def read_rows(source: SourceConfig) -> Iterator[Row]:
+    """Yield the source's rows in a fixed order, columns renamed.
+
+    Errors:
+        UsageError: nothing is there.
+        BadDataError: a file cannot be read as what it claims to be; with ``file:line``.
+    """
+    rows = _hub_rows(source) if source.dataset is not None else _local_rows(source)
+    num_characters = 0
+    for index, row in enumerate(rows):
+        if index == source.max_rows:
+            return
+        values = _rename(row.values, source.columns or {}, row.where)
+        yield Row(values, row.where, row.key)
+        if source.max_characters is not None:
+            num_characters += _count_characters(values)
+            if num_characters >= source.max_characters:
+                return
+
+
+def read_documents(source: SourceConfig) -> Iterator[Values]:
+    """Yield pretraining documents: ``id``, ``text``, ``source``.
+
+    A ``.txt`` file is one document; of every other kind each row is one, its text in ``text``.
+
+    Errors:
+        BadDataError: a row has no ``text``, or it is not a string.
+    """
+    for row in read_rows(source):
+        text = row.values.get("text")
+        if "text" not in row.values:
+            raise BadDataError(
+                f"{row.where}:text: missing; the columns are {_columns(row.values)}; "
+                "name the right one with columns: {text: ...}"
+            )
+        if not isinstance(text, str):
+            raise BadDataError(
+                f"{row.where}:text: found {kind_of(text)}, expected a string; mend the row"
+            )
+        yield {"id": f"{source.name}/{row.key}", "text": text, "source": source.name}
+
+
+def _columns(values: Values) -> str:
+    return ", ".join(f"'{name}'" for name in values) or "none"
+
+
+def _rename(values: Values, columns: dict[str, str], where: str) -> Values:
+    for ours, theirs in columns.items():
+        if theirs not in values:
+            raise BadDataError(
+                f"{where}:{theirs}: missing; the columns are {_columns(values)}; "
+                f"correct columns: {{{ours}: ...}}"
+            )
+        values = values | {ours: values[theirs]}
+    return values
+
+
+def _count_characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_count_characters, value.values()))
+    return sum(map(_count_characters, value)) if isinstance(value, list) else 0
+
+
+def _local_rows(source: SourceConfig) -> Iterator[Row]:
+    root, files = list_files(source)
+    if not files:
+        yield from _saved_rows(root, source.split)
+        return
+    if source.split is not None:
+        raise UsageError(
+            f"{source.path}: 'split' means nothing for plain files; remove it, or name the files"
+        )
+    for file in files:
+        key = file.relative_to(root).as_posix()
+        for values, where in _read_file(file):
+            yield Row(values, where, key + where.removeprefix(str(file)))
+
+
+def _read_file(path: Path) -> Iterator[tuple[Values, str]]:
+    kind = _kind(path)
+    with open_compressed(path) as file:
+        if kind == ".txt":
+            yield {"text": decode_lines(_without_mark(file.read()), str(path))}, str(path)
+        elif kind == ".jsonl":
+            yield from read_json_lines(file, str(path))
+        elif kind == ".json":
+            yield from read_json_list(file.read(), str(path))
+        elif kind == ".csv":
+            yield from _read_csv(_without_mark(file.read()), str(path))
+        else:
+            inner = io.BytesIO(file.read()) if path.suffix in COMPRESSIONS else path
+            yield from _read_parquet(inner, str(path))
+
+
+def _without_mark(data: bytes) -> bytes:
+    """Drop the byte order mark that some editors put before plain text and tables."""
+    return data.removeprefix(b"\xef\xbb\xbf")
+
+
+@contextlib.contextmanager
+def open_compressed(path: Path) -> Iterator[BinaryIO]:
+    """Open ``path`` for reading bytes, decompressed.
+
+    Errors:
+        BadDataError: the compressed data are damaged or cut off.
+    """
+    import zstandard
+
+    try:
+        if path.suffix == ".gz":
+            with gzip.open(path, "rb") as file:
+                yield cast("BinaryIO", file)
+        elif path.suffix == ".zst":
+            with path.open("rb") as raw:
+                reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+                yield io.BufferedReader(reader, 2**20)
+        else:
+            with path.open("rb") as file:
+                yield file
+    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+        raise BadDataError(
+            f"{path}: damaged or cut off ({error}); fetch or compress the file again"
+        ) from None
+
+
+def _read_csv(data: bytes, name: str) -> Iterator[tuple[Values, str]]:
+    csv.field_size_limit(MAX_LINE_BYTES)
+    reader = csv.reader(io.StringIO(decode_lines(data, name), newline=""), strict=True)
+    try:
+        header = next(reader, [])
+        if len(set(header)) != len(header) or not header:
+            raise BadDataError(
+                f"{name}:1: the first line must name the columns, each once; found {header}"
+            )
+        line = reader.line_num + 1
+        for fields in reader:
+            where = f"{name}:{line}"
+            if len(fields) != len(header):
+                raise BadDataError(
+                    f"{where}: {len(fields)} fields, but the header has {len(header)}; "
+                    "mend the row or its quotes"
+                )
+            yield dict(zip(header, fields, strict=True)), where
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise BadDataError(f"{name}:{reader.line_num}: not CSV ({error}); mend the row") from None
+
+
+def _read_parquet(file: Path | io.BytesIO, name: str) -> Iterator[tuple[Values, str]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    row = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
+            for values in batch.to_pylist():
+                row += 1
+                yield values, f"{name}:{row}"
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise BadDataError(f"{name}: not readable as Parquet ({reason}); fetch it again") from None
+
+
+def load_saved_dataset(folder: Path, split: str | None) -> Any:
+    """Open a ``save_to_disk`` folder as one ``datasets.Dataset``, memory-mapped.
+
+    Errors:
+        UsageError: it holds several splits and ``split`` names none of them.
+        BadDataError: it is not readable.
+    """
+    import datasets
+    import pyarrow
+
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadDataError(
+            f"{folder}: not readable as a saved data set ({reason}); write it again with "
+            "save_to_disk"
+        ) from None
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    name = split or ("train" if "train" in loaded else next(iter(loaded), ""))
+    if name not in loaded:
+        raise UsageError(f"{folder}: no split '{name}'; it has {', '.join(loaded)}")
+    return loaded[name]
+
+
+def _saved_rows(folder: Path, split: str | None) -> Iterator[Row]:
+    for number, values in enumerate(load_saved_dataset(folder, split), start=1):
+        yield Row(values, f"{folder}:{number}", str(number))
+
+
+def _hub_rows(source: SourceConfig) -> Iterator[Row]:
+    import datasets
+
+    try:
+        stream = iter(
+            datasets.load_dataset(
+                source.dataset,
+                source.subset,
+                split=source.split,
+                revision=source.revision,
+                streaming=True,
+            )
+        )
+        number = 0
+        while (values := next(stream, None)) is not None:
+            number += 1
+            yield Row(values, f"{source.dataset}:{number}", f"{source.split}:{number}")
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(
+            f"{source.dataset}: could not be read from the Hub ({reason}); check dataset, subset, "
+            "split, revision and the network, and set HF_TOKEN for gated sets"
+        ) from error
+
+
+def licence_of(source: SourceConfig) -> str:
+    """Return the licence that was stated, or ``unknown``."""
+    return source.licence or UNKNOWN_LICENCE
+
+
+def refuse_repeated(sources: Sequence[SourceConfig]) -> None:
+    """Refuse the same path or data set given twice.
+
+    Errors:
+        UsageError: naming it.
+    """
+    seen = set()
+    for source in sources:
+        place = (source.path and Path(source.path).resolve(), source.dataset, source.subset)
+        if (*place, source.split) in seen:
+            raise UsageError(f"{source.location}: given twice as a source; name it once")
+        seen.add((*place, source.split))
