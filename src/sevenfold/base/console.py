@@ -25,7 +25,16 @@ from rich.text import Text
 PLAIN_LINES_PER_STAGE = 20
 PLAIN_LINE_EVERY_S = 60.0
 # Names of libraries that announce on import what they could not load; none of it is news.
-TALKATIVE = ("torchao", "datasets", "transformers", "peft", "urllib3", "filelock", "fsspec")
+TALKATIVE = (
+    "torchao",
+    "torch.utils._pytree",
+    "datasets",
+    "transformers",
+    "peft",
+    "urllib3",
+    "filelock",
+    "fsspec",
+)
 
 
 class _LastingStream(io.TextIOBase):

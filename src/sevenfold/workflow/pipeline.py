@@ -13,11 +13,12 @@ from typing import Any
 from rich.text import Text
 
 from sevenfold.base import console, records, storage
-from sevenfold.base.errors import GateRefusedError, SevenfoldError, UsageError, nearest
+from sevenfold.base.errors import GateRefusedError, UsageError, nearest
 from sevenfold.base.records import GATED_STAGES
 from sevenfold.workflow import recipe as recipes
 from sevenfold.workflow import steps
 from sevenfold.workflow.steps import Job
+from sevenfold.workflow.thresholds import require_known_gates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,6 @@ STEPS = (
     Step("10", "lora", "lora", "lora"),
 )
 STRIP_MARKS = {"done": ("✓", "green"), "now": ("▸", "bold"), "to come": ("·", "dim")}
-RESULT_STYLES = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
 
 def run_all(options: argparse.Namespace) -> None:
@@ -62,7 +62,7 @@ def run_all(options: argparse.Namespace) -> None:
     for name, value in {"resume": True, "start_from": None, "fp8": None}.items():
         setattr(options, name, value)
     with steps.working_on(options) as job:
-        steps.require_known_metrics(job, gates_file)
+        require_known_gates(job.run, job.recipe, gates_file)
         if options.dry_run:
             _dry_run(job, chosen)
             return
@@ -125,37 +125,20 @@ def _perform(step: Step, job: Job, options: argparse.Namespace, gates_file: Path
     if step.is_training:
         steps.train_stage(job, step.verb, options)
         _judge(step.verb, job, options.force, gates_file)
-    elif step.module == "prepare" and step.function != "clean" and step.number != "03":
-        steps.call(step.module, step.function)(job.run, job.recipe, [])
     else:
         steps.call(step.module, step.function)(job.run, job.recipe)
 
 
 def _judge(stage: str, job: Job, force: str | None, gates_file: Path) -> None:
-    """Measure and judge ``stage``, unless it has a passing verdict on these very bytes."""
-    if is_promoted(job, stage):
-        console.print_line(f"{stage}: already promoted", style="green")
-        return
+    """Measure and judge ``stage``; what has been measured already is not measured again."""
     release_models()
     steps.call("evaluation", "evaluate_stage")(job.run, job.recipe, stage)
     try:
         steps.call("evaluation", "check_stage")(job.run, job.recipe, stage, gates_file)
     except GateRefusedError as refusal:
-        _print_verdict(job.run, stage)
         if force is None:
             raise
         console.print_line(f"going on past the gate, forced: {force} ({refusal})", style="yellow")
-    else:
-        _print_verdict(job.run, stage)
-
-
-def is_promoted(job: Job, stage: str) -> bool:
-    """True if the gate promoted exactly the bytes that the stage's folder holds."""
-    try:
-        records.open_promoted(job.run, stage)
-    except SevenfoldError:
-        return False
-    return True
 
 
 def release_models() -> None:
@@ -163,35 +146,6 @@ def release_models() -> None:
     gc.collect()
     hardware: Any = importlib.import_module("sevenfold.base.hardware")
     hardware.release_memory()
-
-
-def _print_verdict(run: records.Run, stage: str) -> None:
-    path = run.stage(stage) / "verdict.json"
-    if not path.is_file():
-        return
-    verdict = storage.read_json(path)
-    rows = []
-    for check in verdict.get("checks", []):
-        result = str(check.get("result"))
-        bounds = f"{_short(check.get('low'))} to {_short(check.get('high'))}"
-        wanted = f"{check.get('direction')} {_short(check.get('threshold'))}"
-        rows.append(
-            [
-                str(check.get("metric")),
-                check.get("value"),
-                bounds,
-                check.get("n"),
-                wanted,
-                Text(result, style=RESULT_STYLES.get(result, "")),
-            ]
-        )
-    answer = "promoted" if verdict.get("promoted") else "not promoted"
-    columns = ["metric", "value", "interval", "n", "wanted", "result"]
-    console.print_table(f"{stage}: {answer}", columns, rows)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else "-"
 
 
 def _close(job: Job, started_at_s: float, *, talk: bool) -> None:

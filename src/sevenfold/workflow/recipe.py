@@ -20,7 +20,7 @@ from sevenfold.base.config import (
     read_yaml,
     to_plain,
 )
-from sevenfold.base.errors import UsageError, nearest
+from sevenfold.base.errors import BadDataError, UsageError, nearest
 from sevenfold.base.records import Run, open_run, write_run
 from sevenfold.data.chat import ChatDataConfig, PreferenceDataConfig
 from sevenfold.data.clean import CleanConfig
@@ -151,13 +151,6 @@ def gates_file() -> Path:
     return configs_folder() / GATES_FILE
 
 
-def read_evaluation(preset: str) -> EvaluateConfig:
-    """Return what ``preset`` measures, without the rest of its recipe."""
-    values = read_yaml(preset_file(preset))
-    lines = {where[1:]: n for where, n in values.lines.items() if where[:1] == ("evaluate",)}
-    return build(EvaluateConfig, Document(values.get("evaluate") or {}, values.path, lines))
-
-
 def resolve(
     preset: str | None = None,
     config_file: Path | None = None,
@@ -240,14 +233,15 @@ def save(run: Run) -> Run:
 
 @contextlib.contextmanager
 def saved(run: Run) -> Iterator[Run]:
-    """Save ``run`` for a step; take its settings back if the step refuses them."""
+    """Save ``run`` for one step; take its settings back if the step refuses them or their data."""
     path = run.folder / "run.json"
     before: Mapping[str, Any] | None = storage.read_json(path) if path.is_file() else None
     try:
         yield save(run)
-    except UsageError:
-        if before is None:
+    except (UsageError, BadDataError):
+        if before is not None:
+            if before != storage.read_json(path):
+                storage.write_json(path, before)
+        elif [entry.name for entry in run.folder.glob("[!.]*")] == [path.name]:
             storage.remove_file(path)
-        elif before != storage.read_json(path):
-            storage.write_json(path, before)
         raise

@@ -15,9 +15,10 @@ from typing import Any
 from sevenfold.base import console, storage
 from sevenfold.base.config import to_plain
 from sevenfold.base.errors import SevenfoldError
-from sevenfold.base.records import GATED_STAGES, Run
+from sevenfold.base.records import Run
 from sevenfold.workflow import recipe as recipes
 from sevenfold.workflow.recipe import Recipe
+from sevenfold.workflow.thresholds import require_known_gates
 
 LOCK_HELD_VARIABLE = "SEVENFOLD_LOCK_HELD"
 
@@ -53,9 +54,9 @@ def _is_locked_for_us(folder: Path) -> bool:
 
 def download(options: argparse.Namespace) -> None:
     """Step 01."""
-    with working_on(options, source_overrides("data", options.source)) as job:
+    with working_on(options, source_overrides(["data"], options.source)) as job:
         if not _ends_dry(options, f"01 would read {_sources(job)} into {job.run.data('raw')}"):
-            call("prepare", "download")(job.run, job.recipe, options.source)
+            call("prepare", "download")(job.run, job.recipe)
 
 
 def clean(options: argparse.Namespace) -> None:
@@ -87,9 +88,9 @@ def pretrain(options: argparse.Namespace) -> None:
 
 def prepare_sft(options: argparse.Namespace) -> None:
     """Step 06."""
-    with working_on(options, source_overrides("sft.data", options.source)) as job:
+    with working_on(options, source_overrides(["sft.data", "lora.data"], options.source)) as job:
         if not _ends_dry(options, f"06 would prepare {job.run.data('sft')} and its like for lora"):
-            call("prepare", "prepare_sft")(job.run, job.recipe, options.source)
+            call("prepare", "prepare_sft")(job.run, job.recipe)
 
 
 def sft(options: argparse.Namespace) -> None:
@@ -99,9 +100,9 @@ def sft(options: argparse.Namespace) -> None:
 
 def prepare_dpo(options: argparse.Namespace) -> None:
     """Step 08."""
-    with working_on(options, source_overrides("dpo.data", options.source)) as job:
+    with working_on(options, source_overrides(["dpo.data"], options.source)) as job:
         if not _ends_dry(options, f"08 would prepare {job.run.data('dpo')}"):
-            call("prepare", "prepare_dpo")(job.run, job.recipe, options.source)
+            call("prepare", "prepare_dpo")(job.run, job.recipe)
 
 
 def dpo(options: argparse.Namespace) -> None:
@@ -133,7 +134,7 @@ def check(options: argparse.Namespace) -> None:
 def train(options: argparse.Namespace, stage: str) -> None:
     """Train one stage: in this process, or in one process per GPU where there are several."""
     with working_on(options, precision_overrides(options, stage)) as job:
-        require_known_metrics(job, recipes.gates_file())
+        require_known_gates(job.run, job.recipe, recipes.gates_file())
         if options.dry_run:
             call("planning", "dry_run")(job.run, job.recipe, [stage])
         else:
@@ -184,23 +185,6 @@ def _train_on_all_gpus(run: Run, stage: str, options: argparse.Namespace) -> boo
     return True
 
 
-def require_known_metrics(job: Job, gates_file: Path) -> None:
-    """Refuse a gate that asks for a metric nobody measures, before the hours are spent.
-
-    All sections of the file are read, those of other presets against these presets' recipes.
-    """
-    from sevenfold.verify import gates
-    from sevenfold.verify.config import metrics_of_stage
-
-    thresholds = gates.read_gates(gates_file)
-    known = {}
-    for preset in {*recipes.presets(), job.run.preset}:
-        own = preset == job.run.preset
-        config = job.recipe.evaluate if own else recipes.read_evaluation(preset)
-        known[preset] = {stage: metrics_of_stage(config, stage) for stage in GATED_STAGES}
-    gates.check_names(thresholds, known)
-
-
 def precision_overrides(options: argparse.Namespace, stage: str) -> list[str]:
     """Return what ``--fp8`` and ``--no-fp8`` mean for the recipe."""
     if options.fp8 is None:
@@ -209,8 +193,8 @@ def precision_overrides(options: argparse.Namespace, stage: str) -> list[str]:
     return [f"{section}.precision={'fp8' if options.fp8 else 'bf16'}"]
 
 
-def source_overrides(section: str, sources: Sequence[Path]) -> list[str]:
-    """Return what ``--source`` means for the recipe: later steps read the same sources.
+def source_overrides(sections: Sequence[str], sources: Sequence[Path]) -> list[str]:
+    """Return what ``--source`` means for the recipe, so that later steps read the same sources.
 
     Errors:
         UsageError: nothing is there.
@@ -219,13 +203,14 @@ def source_overrides(section: str, sources: Sequence[Path]) -> list[str]:
         return []
     from sevenfold.data.sources import list_files, source_from_path
 
-    configs = []
-    for path in sources:
-        config = source_from_path(path.expanduser().absolute())
+    configs = [source_from_path(path.expanduser().absolute()) for path in sources]
+    for config in configs:
         list_files(config)
-        configs.append(to_plain(config))
-    replaced = ["data.village=null"] if section == "data" else []
-    return [f"{section}.sources={json.dumps(configs)}", *replaced]
+    values = json.dumps(to_plain(configs))
+    changes = [f"{section}.sources={values}" for section in sections]
+    if sections == ["data"]:
+        return [*changes, "data.village=null"]
+    return [*changes, *(f"{section}.weights=null" for section in sections)]
 
 
 def _sources(job: Job) -> str:

@@ -1,0 +1,46 @@
+"""The gate file, checked against what the presets' recipes measure, before anything trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sevenfold.base.config import Document, build, read_yaml
+from sevenfold.base.records import Run
+from sevenfold.verify import gates
+from sevenfold.verify.config import STAGES, EvaluateConfig, metrics_of_stage
+from sevenfold.workflow import recipe as recipes
+from sevenfold.workflow.recipe import Recipe
+
+
+def require_known_gates(run: Run, recipe: Recipe, gates_file: Path) -> gates.Gates:
+    """Read the gate file and refuse it if any section names a metric that nothing measures.
+
+    A section's names are those of its preset's recipe; the run's own section, those of the run's.
+    A section ``custom`` that is not the run's own may use the names of every preset.
+
+    Errors:
+        UsageError: the file is malformed, has no section for the run, or an unknown name.
+    """
+    configs = {
+        preset: _evaluate_section(recipes.preset_file(preset)) for preset in recipes.presets()
+    }
+    known = {preset: _names(config) for preset, config in configs.items()}
+    known[run.preset] = _names(recipe.evaluate)
+    if recipes.CUSTOM_PRESET not in known:
+        known[recipes.CUSTOM_PRESET] = {
+            stage: sorted({name for names in known.values() for name in names[stage]})
+            for stage in STAGES
+        }
+    found = gates.read_gates(gates_file)
+    gates.check_names(found, known)
+    return found
+
+
+def _evaluate_section(path: Path) -> EvaluateConfig:
+    values = read_yaml(path)
+    lines = {at[1:]: line for at, line in values.lines.items() if at[:1] == ("evaluate",)}
+    return build(EvaluateConfig, Document(values.get("evaluate", {}), values.path, lines))
+
+
+def _names(config: EvaluateConfig) -> dict[str, list[str]]:
+    return {stage: sorted(metrics_of_stage(config, stage)) for stage in STAGES}
