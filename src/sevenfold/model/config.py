@@ -1,6 +1,7 @@
-"""The architecture of a model: its sizes, and what follows from them.
+"""The settings of this room: a model's sizes and what follows from them, and its smaller choices.
 
-Importing this module is quick; transformers is imported only when a configuration for it is made.
+They stand together because importing this module is quick: torch comes with the modules that use
+the settings, transformers only when a configuration for it is made.
 """
 
 from __future__ import annotations

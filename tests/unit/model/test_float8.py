@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import pytest
@@ -34,8 +35,6 @@ def test_layers_are_converted_and_the_head_is_not(tiny: ModelConfig, init: InitC
 
 
 def test_sides_not_divisible_by_16_stay(tiny: ModelConfig, init: InitConfig) -> None:
-    import dataclasses
-
     odd = initialize(dataclasses.replace(tiny, intermediate_size=50), init, 0)
     assert all("self_attn" in name for name in float8_names(odd))
     assert len(float8_names(odd)) == 8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterator
+import weakref
 from typing import Any
 
 import pytest
@@ -19,13 +19,10 @@ from sevenfold.model.llama import initialize
 
 
 @pytest.fixture(autouse=True)
-def own_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let each test begin as a new process does: no model, nothing patched."""
-    import weakref
-
     monkeypatch.setattr(kernels, "_built_models", weakref.WeakSet())
     monkeypatch.setattr(kernels, "_active", {"liger": False, "cce": False})
-    yield
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,9 @@ import torch
 from sevenfold.base import storage
 from sevenfold.base.config import build
 from sevenfold.base.errors import CheckpointError, UsageError
-from sevenfold.model.config import InitConfig, ModelConfig
+from sevenfold.model.config import InitConfig, LoRAAdapterConfig, ModelConfig
 from sevenfold.model.llama import initialize, save_model
 from sevenfold.model.lora import (
-    LoRAAdapterConfig,
     add_adapter,
     load_adapter,
     merge_adapter,
@@ -102,8 +102,6 @@ def test_settings_are_validated(change: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("tie_embeddings", [True, False])
 def test_merged_equals_adapter(tiny: ModelConfig, init: InitConfig, tie_embeddings: bool) -> None:
-    import dataclasses
-
     model = initialize(dataclasses.replace(tiny, tie_embeddings=tie_embeddings), init, 0)
     before = logits(model)
     adapted = trained(add_adapter(model, CONFIG))
@@ -210,8 +208,6 @@ def test_loading_checks_base_and_bytes(
     assert torch.equal(logits(loaded), logits(adapted))
     with pytest.raises(CheckpointError, match=r"trained on the base model right, not.*\(wrong\)"):
         load_adapter(plain, folder, base_fingerprint="wrong")
-    import dataclasses
-
     wider = initialize(dataclasses.replace(tiny, intermediate_size=64), init, 0)
     with pytest.raises(CheckpointError, match="does not fit this model.*it was trained on"):
         load_adapter(wider, folder)
