@@ -9,7 +9,6 @@ Shapes: b rows, t tokens, s examples in a row.
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import threading
 from collections import OrderedDict
@@ -25,6 +24,7 @@ from torch import Tensor
 from sevenfold.base.errors import UsageError
 
 NO_TARGET = -100
+# What an example of a preference row is: a pair of answers, or a single one.
 PAIR, ANSWER = 1, 2
 
 
@@ -144,7 +144,7 @@ class PackedText:
             starts = ids == self.bos_id
             documents = np.cumsum(starts, axis=1)
             targets[:, :-1][starts[:, 1:]] = NO_TARGET
-            positions = _positions(documents)
+            positions = document_positions(documents)
         return Batch(
             inputs_bt=torch.from_numpy(ids),
             targets_bt=torch.from_numpy(targets),
@@ -153,7 +153,7 @@ class PackedText:
         )
 
 
-def _positions(documents: NDArray[np.int64]) -> NDArray[np.int64]:
+def document_positions(documents: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return each token's position within its document; documents are contiguous in a row."""
     index = np.broadcast_to(np.arange(documents.shape[1]), documents.shape)
     first = np.ones_like(documents, dtype=bool)
@@ -161,167 +161,31 @@ def _positions(documents: NDArray[np.int64]) -> NDArray[np.int64]:
     return index - np.maximum.accumulate(np.where(first, index, 0), axis=1)
 
 
-def best_fit(lengths: Sequence[int], capacity: int, *, seed: int) -> list[list[int]]:
-    """Pack items into as few rows of ``capacity`` as best-fit-decreasing finds.
+class RandomRows:
+    """Rows of random tokens, for a trial step before there is data."""
 
-    Items of equal length are taken in an order drawn from ``seed``, so that neighbours in the
-    data do not end up in one row.
-    """
-    order = np.random.default_rng(seed).permutation(len(lengths))
-    order = order[np.argsort(-np.asarray(lengths)[order], kind="stable")]
-    packs: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, pack), sorted
-    for item in order.tolist():
-        need = lengths[item]
-        if need > capacity:
-            raise UsageError(f"item {item} has {need} tokens; a row holds {capacity}")
-        found = bisect.bisect_left(room, (need, -1))
-        if found == len(room):
-            packs.append([item])
-            left, pack = capacity - need, len(packs) - 1
-        else:
-            left, pack = room.pop(found)
-            packs[pack].append(item)
-            left -= need
-        bisect.insort(room, (left, pack))
-    return packs
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """One document of a row: its tokens, and which of them carry loss."""
-
-    ids: Sequence[int]
-    mask: Sequence[int]
-
-
-class PackedConversations:
-    """SFT rows: whole documents, best-fit packed, loss where the mask says so."""
-
-    def __init__(self, pieces: Sequence[Piece], row_length: int, *, pad_id: int, seed: int):
-        """Pack ``pieces`` into rows of ``row_length`` tokens."""
-        self.pieces = pieces
+    def __init__(self, row_length: int, *, vocab_size: int, documents_per_row: int | None):
+        """Serve any number of rows; None for plain causal ones."""
+        self.num_rows = 1 << 20
         self.row_length = row_length
-        self.pad_id = pad_id
-        self.packs = best_fit([len(piece.ids) for piece in pieces], row_length, seed=seed)
-
-    @property
-    def num_rows(self) -> int:
-        """Number of rows."""
-        return len(self.packs)
-
-    @property
-    def fill(self) -> float:
-        """Fraction of all positions that is not padding."""
-        used = sum(len(piece.ids) for piece in self.pieces)
-        return used / (self.num_rows * self.row_length)
+        self.vocab_size = vocab_size
+        self.documents_per_row = documents_per_row
 
     def batch(self, indices: NDArray[np.int64], length: int) -> Batch:
-        """Return the rows; ``length`` must be the row length, since documents stay whole."""
-        _require_whole(length, self.row_length)
-        rows = [[self.pieces[item] for item in self.packs[i]] for i in indices.tolist()]
-        return _lay_out(rows, length, self.pad_id)
-
-
-def _require_whole(length: int, row_length: int) -> None:
-    if length != row_length:
-        raise UsageError(
-            f"contexts: length {length}, but packed rows have {row_length} tokens; "
-            "this stage takes one context length"
-        )
-
-
-def _lay_out(rows: Sequence[Sequence[Piece]], length: int, pad_id: int) -> Batch:
-    shape = (len(rows), length)
-    ids = np.full(shape, pad_id, dtype=np.int64)
-    targets = np.full(shape, NO_TARGET, dtype=np.int64)
-    documents = np.full(shape, -1, dtype=np.int64)
-    for r, row in enumerate(rows):
-        start = 0
-        for number, piece in enumerate(row):
-            stop = start + len(piece.ids)
-            ids[r, start:stop] = piece.ids
-            documents[r, start:stop] = number
-            carries = np.asarray(piece.mask[1:], dtype=bool)
-            targets[r, start : stop - 1][carries] = ids[r, start + 1 : stop][carries]
-            start = stop
-    return Batch(
-        inputs_bt=torch.from_numpy(ids),
-        targets_bt=torch.from_numpy(targets),
-        positions_bt=torch.from_numpy(_positions(documents)),
-        documents_bt=torch.from_numpy(documents),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Preference:
-    """A prompt with its chosen and rejected answer; no rejected one for a plain answer."""
-
-    prompt: Sequence[int]
-    chosen: Sequence[int]
-    rejected: Sequence[int]
-
-    @property
-    def pieces(self) -> list[Piece]:
-        """The documents of this example: prompt and answer, once or twice."""
-        answers = [self.chosen, self.rejected] if self.rejected else [self.chosen]
-        return [
-            Piece([*self.prompt, *answer], [0] * len(self.prompt) + [1] * len(answer))
-            for answer in answers
-        ]
-
-
-class PackedPreferences:
-    """DPO rows: the two documents of a pair stand in one row, several pairs to a row."""
-
-    def __init__(
-        self,
-        preferences: Sequence[Preference],
-        row_length: int,
-        *,
-        pad_id: int,
-        seed: int,
-        reference_n2: NDArray[np.float32] | None = None,
-    ):
-        """Pack; ``reference_n2`` [n, 2] are the reference model's log-probabilities in nats."""
-        self.preferences = preferences
-        self.row_length = row_length
-        self.pad_id = pad_id
-        self.reference_n2 = reference_n2
-        sizes = [sum(len(piece.ids) for piece in p.pieces) for p in preferences]
-        self.packs = best_fit(sizes, row_length, seed=seed)
-        self.examples_per_row = max(map(len, self.packs), default=0)
-
-    @property
-    def num_rows(self) -> int:
-        """Number of rows."""
-        return len(self.packs)
-
-    def batch(self, indices: NDArray[np.int64], length: int) -> Batch:
-        """Return the rows with their answers numbered."""
-        _require_whole(length, self.row_length)
-        packs = [self.packs[i] for i in indices.tolist()]
-        rows = [[piece for n in pack for piece in self.preferences[n].pieces] for pack in packs]
-        laid = _lay_out(rows, length, self.pad_id)
-        shape = (len(packs), self.examples_per_row)
-        kinds = np.zeros(shape, dtype=np.int64)
-        reference = np.zeros((*shape, 2), dtype=np.float32)
-        answers = np.full((len(packs), length), -1, dtype=np.int64)
-        for r, pack in enumerate(packs):
-            start = 0
-            for s, n in enumerate(pack):
-                kinds[r, s] = PAIR if self.preferences[n].rejected else ANSWER
-                if self.reference_n2 is not None:
-                    reference[r, s] = self.reference_n2[n]
-                for side, piece in enumerate(self.preferences[n].pieces):
-                    answers[r, start : start + len(piece.ids)] = 2 * s + side
-                    start += len(piece.ids)
-        answers[laid.targets_bt.numpy() == NO_TARGET] = -1
-        return dataclasses.replace(
-            laid,
-            answers_bt=torch.from_numpy(answers),
-            examples_bs=torch.from_numpy(kinds),
-            reference_bs2=torch.from_numpy(reference),
+        """Return rows that depend on the indices only."""
+        pieces = len(indices) * self.row_length // length
+        generator = np.random.default_rng(indices.tolist())
+        ids = generator.integers(0, self.vocab_size, (pieces, length))
+        positions, documents = np.broadcast_to(np.arange(length), ids.shape), None
+        if self.documents_per_row is not None:
+            starts = generator.random(ids.shape) < self.documents_per_row / length
+            documents = np.cumsum(starts, axis=1)
+            positions = document_positions(documents)
+        return Batch(
+            inputs_bt=torch.from_numpy(ids),
+            targets_bt=torch.from_numpy(np.roll(ids, -1, axis=1)),
+            positions_bt=torch.from_numpy(np.ascontiguousarray(positions)),
+            documents_bt=None if documents is None else torch.from_numpy(documents),
         )
 
 

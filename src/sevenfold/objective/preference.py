@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sevenfold.data.batches import ANSWER, PAIR, Batch, PackedPreferences
+from sevenfold.data.batches import ANSWER, PAIR, Batch
+from sevenfold.data.packing import PackedPreferences
 from sevenfold.objective.next_token import Objective, SummedLoss
 
 

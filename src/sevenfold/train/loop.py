@@ -99,7 +99,7 @@ def fit(bench: Workbench) -> dict[str, Any]:
         for batch in bench.batches.prefetch(bench.step):
             started = time.perf_counter()
             length = bench.batches.length(bench.step)
-            row = _train_step(bench, batch, length, stop)
+            row = train_step(bench, batch, length, stop)
             bench.step += 1
             bench.tokens += config.tokens_per_batch
             spent_s = time.perf_counter() - started
@@ -119,7 +119,7 @@ def fit(bench: Workbench) -> dict[str, Any]:
     return last
 
 
-def _train_step(bench: Workbench, batch: Batch, length: int, stop: StopRequest) -> dict[str, float]:
+def train_step(bench: Workbench, batch: Batch, length: int, stop: StopRequest) -> dict[str, float]:
     """Do one optimizer step; where memory runs out, redo it whole with a smaller micro-batch."""
     asked = float(stop.signal_name is not None)
     weight, stops = bench.processes.sum([bench.objective.weigh(batch), asked])

@@ -6,12 +6,12 @@ import logging
 
 from sevenfold.base import records, storage
 from sevenfold.base.config import fingerprint
-from sevenfold.data.batches import PackedPreferences, Preference
+from sevenfold.data.packing import PackedPreferences, Preference
 from sevenfold.model import llama
 from sevenfold.objective.next_token import Scorer
 from sevenfold.objective.preference import preference_objective, reference_scores
 from sevenfold.train import loop
-from sevenfold.workflow import training
+from sevenfold.workflow import training, workbench
 from sevenfold.workflow.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -33,12 +33,12 @@ def dpo(run: records.Run, recipe: Recipe, options: training.StageOptions) -> Non
     if job is None:
         return
     rows, held_out = preference_rows(job)
-    scorer = training.load_scorer(job)
-    training.place(job, scorer)
+    scorer = workbench.load_scorer(job)
+    workbench.place(scorer, job.config, job.processes)
     refer(job, scorer, {"train": rows, "validation": held_out})
     objective = preference_objective(beta=recipe.dpo.beta, nll_weight=recipe.dpo.nll_weight)
-    bench = training.assemble(job, scorer, objective, rows, held_out)
-    last = training.train(job, bench)
+    bench = workbench.assemble(job, scorer, objective, rows, held_out)
+    last = workbench.train(job, bench)
     training.export(job, bench)
     if job.processes.is_main:
         training.close(job, bench, last)

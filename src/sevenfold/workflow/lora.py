@@ -8,7 +8,7 @@ from sevenfold.base import records
 from sevenfold.model import lora as adapters
 from sevenfold.model.llama import save_model
 from sevenfold.objective.next_token import NEXT_TOKEN
-from sevenfold.workflow import training
+from sevenfold.workflow import training, workbench
 from sevenfold.workflow.recipe import Recipe
 from sevenfold.workflow.sft import conversation_rows
 
@@ -29,12 +29,12 @@ def lora(run: records.Run, recipe: Recipe, options: training.StageOptions) -> No
     if job is None:
         return
     rows, held_out = conversation_rows(job, run.data("lora"))
-    scorer = training.load_scorer(job)
+    scorer = workbench.load_scorer(job)
     torch.manual_seed(recipe.seed)
     scorer.model = adapters.add_adapter(scorer.model, recipe.lora.adapter)
-    training.place(job, scorer)
-    bench = training.assemble(job, scorer, NEXT_TOKEN, rows, held_out)
-    last = training.train(job, bench)
+    workbench.place(scorer, job.config, job.processes)
+    bench = workbench.assemble(job, scorer, NEXT_TOKEN, rows, held_out)
+    last = workbench.train(job, bench)
     if job.processes.is_main:
         adapters.save_adapter(scorer.model, run.stage("lora") / "adapter")
         merged = adapters.merge_adapter(scorer.model)

@@ -7,7 +7,7 @@ from sevenfold.data.batches import PackedText
 from sevenfold.data.shards import open_shards
 from sevenfold.model import llama
 from sevenfold.objective.next_token import NEXT_TOKEN
-from sevenfold.workflow import training
+from sevenfold.workflow import training, workbench
 from sevenfold.workflow.recipe import Recipe
 
 
@@ -35,16 +35,16 @@ def pretrain(run: records.Run, recipe: Recipe, options: training.StageOptions) -
     if job is None:
         return
     bos_id = tokenizer.bos_token_id if config.mask_documents else None
-    scorer = training.load_scorer(job)
-    training.place(job, scorer)
-    bench = training.assemble(
+    scorer = workbench.load_scorer(job)
+    workbench.place(scorer, job.config, job.processes)
+    bench = workbench.assemble(
         job,
         scorer,
         NEXT_TOKEN,
         PackedText(shards.train, bos_id=bos_id),
         PackedText(shards.validation, bos_id=bos_id),
     )
-    last = training.train(job, bench)
+    last = workbench.train(job, bench)
     training.export(job, bench)
     if job.processes.is_main:
         training.close(job, bench, last)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from sevenfold.base import records
-from sevenfold.data.batches import PackedConversations, Piece
+from sevenfold.data.packing import PackedConversations, Piece
 from sevenfold.model import llama
 from sevenfold.objective.next_token import NEXT_TOKEN
-from sevenfold.workflow import training
+from sevenfold.workflow import training, workbench
 from sevenfold.workflow.recipe import Recipe
 
 
@@ -28,10 +28,10 @@ def sft(run: records.Run, recipe: Recipe, options: training.StageOptions) -> Non
     if job is None:
         return
     rows, held_out = conversation_rows(job, run.data("sft"))
-    scorer = training.load_scorer(job)
-    training.place(job, scorer)
-    bench = training.assemble(job, scorer, NEXT_TOKEN, rows, held_out)
-    last = training.train(job, bench)
+    scorer = workbench.load_scorer(job)
+    workbench.place(scorer, job.config, job.processes)
+    bench = workbench.assemble(job, scorer, NEXT_TOKEN, rows, held_out)
+    last = workbench.train(job, bench)
     training.export(job, bench)
     if job.processes.is_main:
         training.close(job, bench, last, row_fill=rows.fill)

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from sevenfold.base import records, storage
 from sevenfold.base.config import fingerprint, to_plain
-from sevenfold.base.console import TrainingProgress, print_line
+from sevenfold.base.console import print_line
 from sevenfold.base.errors import UsageError
-from sevenfold.base.hardware import OOMHandler, detect_gpu_type, setup_torch_backends
-from sevenfold.data.batches import Batch, Batches, RowSource
-from sevenfold.model import attention, float8, kernels, llama
-from sevenfold.model.config import from_hf
-from sevenfold.objective.next_token import Objective, Scorer
-from sevenfold.train import checkpoint, loop, optimizer, parallel
+from sevenfold.base.hardware import detect_gpu_type
+from sevenfold.model import float8, llama
+from sevenfold.train import loop, parallel
 from sevenfold.train.config import TrainConfig
-from sevenfold.train.recovery import FiniteGuard
 from sevenfold.workflow.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -188,154 +181,6 @@ def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any,
             yield from _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
     elif old != new:
         yield name, old, new
-
-
-def load_scorer(job: Job) -> Scorer:
-    """Load the model to train, with the kernels, attention and precision that are asked for."""
-    config, device = job.config, job.processes.device
-    gpu = detect_gpu_type()
-    setup_torch_backends(deterministic=config.deterministic)
-    attention.prefer_fast_kernels(gpu["compute_capability"], deterministic=config.deterministic)
-    wanted = job.recipe.kernels
-    active = kernels.setup_kernel_optimizations(liger=wanted.liger, cce=wanted.cce)
-    attention.register_attention()
-    torch.manual_seed(job.recipe.seed)
-    model = llama.load_model(
-        job.source.folder,
-        DTYPES[config.weights],
-        device,
-        attn_implementation=attention.IMPLEMENTATION,
-    )
-    if config.precision == "fp8":
-        float8.convert_to_float8(model)
-    if config.recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    on_gpu = device.type == "cuda"
-    kernel = (
-        "cce" if active["cce"] else "chunked" if on_gpu and config.compile != "none" else "plain"
-    )
-    return Scorer(model, kernel=kernel)
-
-
-def place(job: Job, scorer: Scorer) -> None:
-    """Compile layer by layer and shard over the processes, once adapters are in place."""
-    layers = list(scorer.causal_model.get_decoder().layers)
-    if job.config.compile != "none":
-        mode = {"max-autotune": "max-autotune-no-cudagraphs"}.get(job.config.compile)
-        for layer in layers:
-            layer.compile(mode=mode, dynamic=False)
-    parallel.shard(scorer, layers, job.processes, bf16=job.config.precision != "fp32")
-
-
-def validation_batches(job: Job, rows: RowSource) -> list[Batch]:
-    """Return the held-out batches of this process, at the longest context."""
-    config, world = job.config, job.processes.world
-    per_batch = config.tokens_per_batch // rows.row_length
-    count = min(rows.num_rows, config.validation_batches * per_batch) // world * world
-    if count == 0:
-        raise UsageError(
-            f"{job.stage}: {rows.num_rows} held-out rows for {world} processes; raise the "
-            "validation fraction"
-        )
-    whole = rows.batch(np.arange(count), rows.row_length)
-    return [whole.rows(job.processes.rank, whole.num_rows, world)]
-
-
-def assemble(
-    job: Job, scorer: Scorer, objective: Objective, rows: RowSource, held_out: RowSource
-) -> loop.Workbench:
-    """Put everything on one bench, and go back to the latest checkpoint where there is one."""
-    config, processes = job.config, job.processes
-    num_steps = config.num_steps(rows.num_rows, rows.row_length)
-    model_config = from_hf(scorer.causal_model.config)
-    gpu = detect_gpu_type()
-    bench = loop.Workbench(
-        stage=job.stage,
-        scorer=scorer,
-        objective=objective,
-        batches=Batches(
-            rows,
-            tokens_per_batch=config.tokens_per_batch,
-            contexts=config.contexts,
-            num_steps=num_steps,
-            seed=job.recipe.seed,
-            rank=processes.rank,
-            world=processes.world,
-        ),
-        validation=validation_batches(job, held_out),
-        optimizer=optimizer.make_optimizer(scorer, config.optimizer),
-        config=config,
-        processes=processes,
-        checkpoints=checkpoint.Checkpoints(
-            job.folder / "checkpoints", keep=config.keep_checkpoints
-        ),
-        metrics=storage.JsonLines(job.folder / "metrics.jsonl"),
-        memory=OOMHandler(config.micro_batch, enabled=job.options.oom_recovery),
-        progress=_Unseen(),
-        identity={"inputs": job.inputs, "config": {**job.settings, "num_steps": num_steps}},
-        flops_per_token=model_config.flops_per_token,
-        peak_flops=gpu["peak_bf16_tflops"] * 1e12,
-        guard=FiniteGuard(config.max_skipped_steps),
-    )
-    if loop.resume(bench) and processes.is_main:
-        print_line(f"{job.stage}: resuming from step {bench.step} of {num_steps}")
-    return bench
-
-
-class _Unseen:
-    def update(self, row: dict[str, Any]) -> None:
-        """Show nothing: the bar is put in when training starts."""
-
-
-class _Shown:
-    """The progress bar, and wandb where the run tracks with it."""
-
-    def __init__(self, bar: TrainingProgress, tracker: Any):
-        self._bar = bar
-        self._tracker = tracker
-
-    def update(self, row: dict[str, Any]) -> None:
-        """Show one row of metrics."""
-        self._bar.update(row)
-        if self._tracker is not None:
-            self._tracker.log(row, step=row["step"])
-
-
-def train(job: Job, bench: loop.Workbench) -> dict[str, Any]:
-    """Train to the end and return the last row of metrics."""
-    if bench.step >= bench.num_steps:
-        rows = [row for row in bench.metrics.read() if "loss" in row and "event" not in row]
-        return rows[-1]
-    main = job.processes.is_main
-    title, steps = job.stage, bench.num_steps
-    with (
-        TrainingProgress(title, num_steps=steps, start_step=bench.step, enabled=main) as bar,
-        _tracker(job) as tracker,
-    ):
-        bench.progress = _Shown(bar, tracker)
-        return loop.fit(bench)
-
-
-@contextlib.contextmanager
-def _tracker(job: Job) -> Iterator[Any]:
-    """Open a wandb run, offline unless WANDB_MODE says otherwise; None where not asked for."""
-    if job.recipe.tracking != "wandb" or not job.processes.is_main:
-        yield None
-        return
-    import wandb
-
-    run = wandb.init(
-        project="sevenfold",
-        name=f"{job.run.folder.name}-{job.stage}",
-        dir=str(job.run.folder),
-        mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
-        config={"stage": job.stage, "preset": job.run.preset, **job.settings},
-        settings=wandb.Settings(console="off", x_disable_stats=True, silent=True),
-    )
-    try:
-        yield run
-    finally:
-        run.finish()
 
 
 def close(job: Job, bench: loop.Workbench, last: Mapping[str, Any], **facts: Any) -> None:

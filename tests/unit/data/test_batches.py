@@ -9,12 +9,10 @@ import pytest
 import torch
 
 from sevenfold.base.errors import UsageError
-from sevenfold.data.batches import (
-    NO_TARGET,
-    Batches,
+from sevenfold.data.batches import NO_TARGET, Batches, PackedText
+from sevenfold.data.packing import (
     PackedConversations,
     PackedPreferences,
-    PackedText,
     Piece,
     Preference,
     best_fit,

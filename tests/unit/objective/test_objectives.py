@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from sevenfold.data.batches import PackedConversations, PackedPreferences, Piece, Preference
+from sevenfold.data.packing import PackedConversations, PackedPreferences, Piece, Preference
 from sevenfold.objective.linear_cross_entropy import negative_log_likelihood
 from sevenfold.objective.next_token import NEXT_TOKEN, Scorer
 from sevenfold.objective.preference import (

@@ -1,0 +1,180 @@
+"""From a stage's job to a bench that trains: model, kernels, precision, batches, progress."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from sevenfold.base import storage
+from sevenfold.base.console import TrainingProgress, print_line
+from sevenfold.base.errors import UsageError
+from sevenfold.base.hardware import OOMHandler, detect_gpu_type, setup_torch_backends
+from sevenfold.data.batches import Batch, Batches, RowSource
+from sevenfold.model import attention, float8, kernels, llama
+from sevenfold.model.config import KernelConfig, from_hf
+from sevenfold.objective.next_token import Objective, Scorer
+from sevenfold.train import checkpoint, loop, optimizer, parallel
+from sevenfold.train.config import TrainConfig
+from sevenfold.train.recovery import FiniteGuard
+from sevenfold.workflow.training import Job
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+COMPILE_MODES = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}
+
+
+def set_backends(config: TrainConfig, wanted: KernelConfig) -> str:
+    """Choose kernels and attention before a model is built; return the loss kernel's name."""
+    gpu = detect_gpu_type()
+    setup_torch_backends(deterministic=config.deterministic)
+    attention.prefer_fast_kernels(gpu["compute_capability"], deterministic=config.deterministic)
+    active = kernels.setup_kernel_optimizations(liger=wanted.liger, cce=wanted.cce)
+    attention.register_attention()
+    if active["cce"]:
+        return "cce"
+    return "chunked" if gpu["num_gpus"] and config.compile != "none" else "plain"
+
+
+def load_scorer(job: Job) -> Scorer:
+    """Load the model to train, ready for the precision that the stage asks for."""
+    config = job.config
+    kernel = set_backends(config, job.recipe.kernels)
+    torch.manual_seed(job.recipe.seed)
+    model = llama.load_model(
+        job.source.folder,
+        DTYPES[config.weights],
+        job.processes.device,
+        attn_implementation=attention.IMPLEMENTATION,
+    )
+    return make_scorer(model, config, kernel)
+
+
+def make_scorer(model: Any, config: TrainConfig, kernel: str) -> Scorer:
+    """Put FP8 and recomputation into ``model`` as ``config`` says, and make it score."""
+    if config.precision == "fp8":
+        float8.convert_to_float8(model)
+    if config.recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Scorer(model, kernel=kernel)
+
+
+def place(scorer: Scorer, config: TrainConfig, processes: parallel.Processes) -> None:
+    """Compile layer by layer and shard over the processes, once adapters are in place."""
+    layers = list(scorer.causal_model.get_decoder().layers)
+    if config.compile != "none":
+        for layer in layers:
+            layer.compile(mode=COMPILE_MODES[config.compile], dynamic=False)
+    parallel.shard(scorer, layers, processes, bf16=config.precision != "fp32")
+
+
+def validation_batches(job: Job, rows: RowSource) -> list[Batch]:
+    """Return the held-out batches of this process, at the longest context."""
+    config, world = job.config, job.processes.world
+    per_batch = config.tokens_per_batch // rows.row_length
+    count = min(rows.num_rows, config.validation_batches * per_batch) // world * world
+    if count == 0:
+        raise UsageError(
+            f"{job.stage}: {rows.num_rows} held-out rows for {world} processes; raise the "
+            "validation fraction"
+        )
+    whole = rows.batch(np.arange(count), rows.row_length)
+    return [whole.rows(job.processes.rank, whole.num_rows, world)]
+
+
+def assemble(
+    job: Job, scorer: Scorer, objective: Objective, rows: RowSource, held_out: RowSource
+) -> loop.Workbench:
+    """Put everything on one bench, and go back to the latest checkpoint where there is one."""
+    config, processes = job.config, job.processes
+    num_steps = config.num_steps(rows.num_rows, rows.row_length)
+    bench = loop.Workbench(
+        stage=job.stage,
+        scorer=scorer,
+        objective=objective,
+        batches=Batches(
+            rows,
+            tokens_per_batch=config.tokens_per_batch,
+            contexts=config.contexts,
+            num_steps=num_steps,
+            seed=job.recipe.seed,
+            rank=processes.rank,
+            world=processes.world,
+        ),
+        validation=validation_batches(job, held_out),
+        optimizer=optimizer.make_optimizer(scorer, config.optimizer),
+        config=config,
+        processes=processes,
+        checkpoints=checkpoint.Checkpoints(
+            job.folder / "checkpoints", keep=config.keep_checkpoints
+        ),
+        metrics=storage.JsonLines(job.folder / "metrics.jsonl"),
+        memory=OOMHandler(config.micro_batch, enabled=job.options.oom_recovery),
+        progress=Unseen(),
+        identity={"inputs": job.inputs, "config": {**job.settings, "num_steps": num_steps}},
+        flops_per_token=from_hf(scorer.causal_model.config).flops_per_token,
+        peak_flops=detect_gpu_type()["peak_bf16_tflops"] * 1e12,
+        guard=FiniteGuard(config.max_skipped_steps),
+    )
+    if loop.resume(bench) and processes.is_main:
+        print_line(f"{job.stage}: resuming from step {bench.step} of {num_steps}")
+    return bench
+
+
+class Unseen:
+    """Progress that nobody watches."""
+
+    def update(self, row: dict[str, Any]) -> None:
+        """Show nothing."""
+
+
+class _Shown:
+    """The progress bar, and wandb where the run tracks with it."""
+
+    def __init__(self, bar: TrainingProgress, tracker: Any):
+        self._bar = bar
+        self._tracker = tracker
+
+    def update(self, row: dict[str, Any]) -> None:
+        """Show one row of metrics."""
+        self._bar.update(row)
+        if self._tracker is not None:
+            self._tracker.log(row, step=row["step"])
+
+
+def train(job: Job, bench: loop.Workbench) -> dict[str, Any]:
+    """Train to the end and return the last row of metrics."""
+    if bench.step >= bench.num_steps:
+        return [row for row in bench.metrics.read() if "event" not in row][-1]
+    main, steps = job.processes.is_main, bench.num_steps
+    with (
+        TrainingProgress(job.stage, num_steps=steps, start_step=bench.step, enabled=main) as bar,
+        _tracker(job) as tracker,
+    ):
+        bench.progress = _Shown(bar, tracker)
+        return loop.fit(bench)
+
+
+@contextlib.contextmanager
+def _tracker(job: Job) -> Iterator[Any]:
+    """Open a wandb run, offline unless WANDB_MODE says otherwise; None where not asked for."""
+    if job.recipe.tracking != "wandb" or not job.processes.is_main:
+        yield None
+        return
+    import wandb
+
+    run = wandb.init(
+        project="sevenfold",
+        name=f"{job.run.folder.name}-{job.stage}",
+        dir=str(job.run.folder),
+        mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
+        config={"stage": job.stage, "preset": job.run.preset, **job.settings},
+        settings=wandb.Settings(console="off", x_disable_stats=True, silent=True),
+    )
+    try:
+        yield run
+    finally:
+        run.finish()
