@@ -1,0 +1,70 @@
+"""Whether an adapter, switched off, leaves its base alone, and merged says what it says itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sevenfold.model.llama import load_model
+from sevenfold.model.lora import load_adapter
+from sevenfold.verify.config import ADAPTER_METRICS
+
+
+@torch.inference_mode()
+def adapter_metrics(
+    base: Path,
+    adapter: Path,
+    merged: Path,
+    rows: Sequence[Sequence[int]],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> dict[str, dict[str, Any]]:
+    """Return the largest differences of a logit on ``rows`` of token ids.
+
+    ``adapter_off_change`` is between the base model alone and under the switched-off adapter,
+    ``merge_error`` between the adapter and the merged model.
+    """
+    inputs = [torch.tensor([list(ids)], device=device) for ids in rows]
+    model: Any = load_model(base, dtype, device).eval()
+    plain = [model(ids_bt).logits.float().cpu() for ids_bt in inputs]
+    model = load_adapter(model, adapter).eval()
+    with model.disable_adapter():
+        off = [model(ids_bt).logits.float().cpu() for ids_bt in inputs]
+    on = [model(ids_bt).logits.float().cpu() for ids_bt in inputs]
+    del model
+    model = load_model(merged, dtype, device).eval()
+    together = [model(ids_bt).logits.float().cpu() for ids_bt in inputs]
+    num_logits = sum(logits.numel() for logits in plain)
+    values = {
+        "adapter_off_change": _largest_difference(plain, off),
+        "merge_error": _largest_difference(on, together),
+    }
+    return {
+        name: {
+            "value": values[name],
+            "low": values[name],
+            "high": values[name],
+            "n": num_logits,
+            "kind": "measured",
+            "confidence": 1.0,
+            "better": better,
+            "task": None,
+            "seconds": 0.0,
+        }
+        for name, better in ADAPTER_METRICS.items()
+    }
+
+
+def _largest_difference(
+    first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]
+) -> float | None:
+    """Return the largest absolute difference; None if there is nothing, or one is not finite."""
+    largest = [(a - b).abs().max() for a, b in zip(first, second, strict=True)]
+    # torch's max keeps NaN, Python's would lose it.
+    value = float(torch.stack(largest).max()) if largest else math.nan
+    return value if math.isfinite(value) else None

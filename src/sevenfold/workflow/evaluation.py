@@ -1,0 +1,299 @@
+"""Steps 11 and 12: measure the model of a stage, and judge what was measured."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import sevenfold
+from sevenfold.base import storage
+from sevenfold.base.config import fingerprint, to_plain
+from sevenfold.base.console import print_line, print_table, working
+from sevenfold.base.errors import BadDataError, GateRefusedError, UsageError
+from sevenfold.base.hardware import training_device
+from sevenfold.base.records import Run
+from sevenfold.data.tokenizer import encode_texts, load_tokenizer
+from sevenfold.model.llama import TOKENIZER_FILES, load_model
+from sevenfold.verify import gates
+from sevenfold.verify.adapters import adapter_metrics
+from sevenfold.verify.config import (
+    VALIDATION_TASK,
+    EvaluateConfig,
+    TaskConfig,
+)
+from sevenfold.verify.evaluate import Evaluation, evaluate_model
+from sevenfold.verify.likelihood import token_counts
+from sevenfold.verify.task_files import task_sha256
+from sevenfold.verify.tasks import Task, read_task
+from sevenfold.workflow.recipe import Recipe
+from sevenfold.workflow.thresholds import require_known_gates
+
+EVALUATION = "evaluation.json"
+ITEMS = "evaluation_items.jsonl"
+VERDICT = "verdict.json"
+UNIGRAM = "unigram"
+ADAPTER_ROWS = 8
+ADAPTER_ROW_TOKENS = 128
+
+
+# ---- step 11 -------------------------------------------------------------------------------------
+
+
+def evaluate_stage(run: Run, recipe: Recipe, stage: str) -> dict[str, Any]:
+    """Measure the model of ``stage`` and return what ``evaluation.json`` then holds.
+
+    Nothing is measured again where model, tokenizer, items and settings are what they were.
+
+    Errors:
+        UsageError: the stage has not finished, or a task has no file.
+        BadDataError: bytes of the model, or an item, are not what they should be.
+    """
+    record = run.record(stage)
+    manifest = storage.verify_folder(run.model(stage))
+    identity = _identity(run, recipe.evaluate, stage, manifest)
+    known = _known_evaluation(run, stage)
+    if known is not None and all(known.get(name) == value for name, value in identity.items()):
+        print_line(f"{stage}: already measured, {len(known['metrics'])} metrics")
+        return known
+    started_at_s = time.monotonic()
+    with working(f"{stage}: measuring {len(identity['data'])} tasks"):
+        found = _measure(run, recipe.evaluate, stage)
+    evaluation = {
+        **identity,
+        "metrics": found.metrics,
+        "samples": found.samples,
+        "elapsed_s": round(time.monotonic() - started_at_s, 3),
+    }
+    lines = [json.dumps(item, ensure_ascii=False, allow_nan=False) for item in found.items]
+    folder = run.stage(stage)
+    storage.write_text(folder / ITEMS, "".join(f"{line}\n" for line in lines))
+    storage.write_json(folder / EVALUATION, evaluation)
+    evidence = {
+        "evaluation_sha256": storage.sha256_file(folder / EVALUATION),
+        "items_sha256": storage.sha256_file(folder / ITEMS),
+    }
+    run.write_record(stage, {**record, "evidence": evidence})
+    columns = ("metric", "value", "low", "high", "n")
+    rows = [[name, *(m[key] for key in columns[1:])] for name, m in found.metrics.items()]
+    print_table(f"{stage}: measured in {evaluation['elapsed_s']} s", columns, rows)
+    return evaluation
+
+
+def _identity(
+    run: Run, config: EvaluateConfig, stage: str, manifest: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return everything that, unchanged, leaves the evaluation unchanged."""
+    data = {task.name: task_sha256(task_paths(run, task)) for task in config.tasks_of(stage)}
+    if not data:
+        raise UsageError(f"evaluate.tasks holds no task for stage {stage}; add one to the recipe")
+    settings = to_plain(config) | {"tasks": to_plain(config.tasks_of(stage)), "batch_tokens": None}
+    return {
+        "stage": stage,
+        "fingerprint": manifest["fingerprint"],
+        "tokenizer_fingerprint": tokenizer_fingerprint(manifest),
+        "data": data,
+        "config_fingerprint": fingerprint(settings),
+        UNIGRAM: _packed_fingerprint(run),
+    }
+
+
+def tokenizer_fingerprint(manifest: Mapping[str, Any]) -> str:
+    """Return what identifies the tokenizer inside a model folder."""
+    files = {file["path"]: file["sha256"] for file in manifest["files"]}
+    return fingerprint({name: files[name] for name in TOKENIZER_FILES if name in files})
+
+
+def _packed_fingerprint(run: Run) -> str | None:
+    folder = run.data("packed")
+    if not (folder / storage.MANIFEST).is_file():
+        return None
+    return str(storage.read_manifest(folder)["fingerprint"])
+
+
+def _known_evaluation(run: Run, stage: str) -> dict[str, Any] | None:
+    """Return the evaluation that is there, if it is what step 11 wrote."""
+    if not (run.stage(stage) / EVALUATION).is_file() or _edited(run, stage):
+        return None
+    evaluation: dict[str, Any] = storage.read_json(run.stage(stage) / EVALUATION)
+    return evaluation
+
+
+def task_paths(run: Run, task: TaskConfig) -> list[Path]:
+    """Return the files of a task: those of the run where the task names none.
+
+    A relative path is looked for from the working directory, then from the repository.
+
+    Errors:
+        UsageError: there are none.
+    """
+    if task.path is not None:
+        repository = Path(sevenfold.__file__).parents[2]
+        given = Path(task.path).expanduser()
+        found = next((path for path in (given, repository / given) if path.exists()), None)
+        if found is None:
+            raise UsageError(f"{given}: no such file; task '{task.name}' needs its items")
+        return [found]
+    if task.kind == "text" and task.name == VALIDATION_TASK:
+        paths = sorted(run.data("clean").glob("validation-*.jsonl*"))
+        if not paths:
+            raise UsageError(
+                f"{run.data('clean')}: no held-out documents; run scripts/02_clean_data.py, or "
+                "give evaluate.tasks a text task with a path"
+            )
+        return paths
+    path = run.data("raw") / "evaluation" / f"{task.name}.jsonl"
+    if not path.is_file():
+        raise UsageError(
+            f"{path}: no such file; run scripts/01_download_data.py, or give task '{task.name}' "
+            "a path"
+        )
+    return [path]
+
+
+def _measure(run: Run, config: EvaluateConfig, stage: str) -> Evaluation:
+    tasks: list[Task] = [
+        read_task(task, task_paths(run, task), seed=config.seed) for task in config.tasks_of(stage)
+    ]
+    device, folder = training_device(), run.model(stage)
+    dtype = _dtype(folder, device)
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, dtype, device)
+    found = evaluate_model(
+        model, tokenizer, tasks, config, unigram_counts=_unigram_counts(run, len(tokenizer))
+    )
+    adapter = run.stage(stage) / "adapter"
+    if stage == "lora" and adapter.is_dir() and not run.record(stage).get("external"):
+        del model
+        texts = [f"{sample['prompt']} {sample['answer']}" for sample in found.samples]
+        rows = [
+            ids[:ADAPTER_ROW_TOKENS]
+            for ids in encode_texts(tokenizer, texts[:ADAPTER_ROWS] or ["."])
+            if ids
+        ]
+        metrics = adapter_metrics(
+            run.model("dpo"), adapter, folder, rows, dtype=dtype, device=device
+        )
+        found.metrics.update(metrics)
+    return found
+
+
+def _dtype(folder: Path, device: torch.device) -> torch.dtype:
+    """Return the type to evaluate in: the stored one on a GPU, fp32 on a CPU."""
+    stored = storage.read_json(folder / "config.json").get("dtype")
+    return torch.bfloat16 if stored == "bfloat16" and device.type == "cuda" else torch.float32
+
+
+def _unigram_counts(run: Run, vocab_size: int) -> NDArray[np.int64] | None:
+    files = sorted(run.data("packed").glob("train-*.npy"))
+    return token_counts(files, vocab_size) if files else None
+
+
+# ---- step 12 -------------------------------------------------------------------------------------
+
+
+def check_stage(run: Run, recipe: Recipe, stage: str, gates_file: Path) -> dict[str, Any]:
+    """Judge the model of ``stage``, write ``verdict.json`` and return it.
+
+    Errors:
+        UsageError: the stage has not finished, or the gate file is wrong.
+        GateRefusedError: not every check passes; the message names those that do not.
+    """
+    run.record(stage)
+    found = require_known_gates(run, recipe, gates_file)
+    checks = found.checks(run.preset, stage)
+    model = storage.verify_folder(run.model(stage))["fingerprint"]
+    earlier = {check.not_worse_than for check in checks if check.not_worse_than}
+    verdict = gates.judge(
+        checks,
+        stage=stage,
+        confidence=found.confidence,
+        fingerprint=model,
+        evidence=read_evidence(run, recipe.evaluate, stage),
+        earlier={name: read_evidence(run, recipe.evaluate, name) for name in sorted(earlier)},
+    )
+    path = run.stage(stage) / VERDICT
+    storage.write_json(path, verdict)
+    record = run.record(stage)
+    hashes = {**record.get("evidence", {}), "verdict_sha256": storage.sha256_file(path)}
+    run.write_record(stage, {**record, "evidence": hashes})
+    _print_verdict(verdict)
+    if not verdict["promoted"]:
+        refused = [check for check in verdict["checks"] if check["result"] != "pass"]
+        named = "; ".join(f"{c['metric']} {c['result']} ({c['why']})" for c in refused)
+        raise GateRefusedError(f"{path}: {stage} is not promoted: {named}")
+    return verdict
+
+
+def _print_verdict(verdict: Mapping[str, Any]) -> None:
+    rows = [
+        [
+            check["metric"],
+            check["value"],
+            check["low"],
+            check["high"],
+            check["n"],
+            f"{check['direction'].split(':')[0]} {check['threshold']:g}",
+            check["result"],
+        ]
+        for check in verdict["checks"]
+    ]
+    word = "promoted" if verdict["promoted"] else "not promoted"
+    columns = ("metric", "value", "low", "high", "n", "gate", "result")
+    print_table(f"{verdict['stage']}: {word}", columns, rows)
+
+
+def read_evidence(run: Run, config: EvaluateConfig, stage: str) -> gates.Evidence:
+    """Return what was measured of a stage's present model, or why that cannot be used."""
+    folder, again = run.stage(stage), f"run scripts/11_evaluate.py {stage}"
+    if not (folder / EVALUATION).is_file() or not (folder / ITEMS).is_file():
+        return gates.Evidence(problem=f"missing: {stage} has not been measured; {again}")
+    try:
+        edited = _edited(run, stage)
+        evaluation = storage.read_json(folder / EVALUATION)
+        items = [json.loads(line) for line in (folder / ITEMS).read_bytes().splitlines()]
+        manifest = storage.read_manifest(run.model(stage))
+    except (BadDataError, UsageError, ValueError) as error:
+        return gates.Evidence(problem=f"not readable: {error}; {again} again")
+    if edited:
+        return gates.Evidence(problem=f"{edited}; {again} again")
+    found = {"fingerprint": manifest["fingerprint"]}
+    found["tokenizer_fingerprint"] = tokenizer_fingerprint(manifest)
+    for name, value in found.items():
+        if evaluation.get(name) != value:
+            return gates.Evidence(
+                problem=f"stale: {EVALUATION} was measured with another {name}; {again} again"
+            )
+    stale = _stale_tasks(run, config.tasks_of(stage), evaluation.get("data", {}), again)
+    return gates.Evidence(evaluation=evaluation, items=items, stale_tasks=stale)
+
+
+def _edited(run: Run, stage: str) -> str | None:
+    """Return which file is not the one that step 11 wrote, or None."""
+    evidence = run.record(stage).get("evidence", {})
+    for name, key in ((EVALUATION, "evaluation_sha256"), (ITEMS, "items_sha256")):
+        path = run.stage(stage) / name
+        if not path.is_file() or evidence.get(key) != storage.sha256_file(path):
+            return f"edited: {name} is not the file whose SHA-256 is in record.json"
+    return None
+
+
+def _stale_tasks(
+    run: Run, tasks: Sequence[TaskConfig], measured: Mapping[str, str], again: str
+) -> dict[str, str]:
+    """Return why each task's results are stale, for those whose items have changed since."""
+    stale = {}
+    for task in tasks:
+        try:
+            current: str | None = task_sha256(task_paths(run, task))
+        except UsageError:
+            current = None
+        if measured.get(task.name) != current:
+            stale[task.name] = f"stale: the items of {task.name} have changed; {again} again"
+    return stale
