@@ -176,10 +176,11 @@ class RandomRows:
         pieces = len(indices) * self.row_length // length
         generator = np.random.default_rng(indices.tolist())
         ids = generator.integers(0, self.vocab_size, (pieces, length))
-        positions, documents = np.broadcast_to(np.arange(length), ids.shape), None
+        documents = None
+        positions = np.broadcast_to(np.arange(length), ids.shape)
         if self.documents_per_row is not None:
             starts = generator.random(ids.shape) < self.documents_per_row / length
-            documents = np.cumsum(starts, axis=1)
+            documents = np.cumsum(starts, axis=1, dtype=np.int64)
             positions = document_positions(documents)
         return Batch(
             inputs_bt=torch.from_numpy(ids),

@@ -83,8 +83,9 @@ def refer(job: training.Job, scorer: Scorer, parts: dict[str, PackedPreferences]
         for name, rows in parts.items():
             rows.reference_n2 = storage.read_array(folder / f"{name}.npy")
         return
-    for rows in parts.values():
-        rows.reference_n2 = reference_scores(
+    scores = {}
+    for name, rows in parts.items():
+        scores[name] = rows.reference_n2 = reference_scores(
             scorer,
             rows,
             micro_batch=job.config.micro_batch,
@@ -93,6 +94,6 @@ def refer(job: training.Job, scorer: Scorer, parts: dict[str, PackedPreferences]
         )
     if job.processes.is_main:
         with storage.new_folder(folder, kind="reference", key=key) as new:
-            for name, rows in parts.items():
-                storage.write_array(new / f"{name}.npy", rows.reference_n2)
+            for name, array in scores.items():
+                storage.write_array(new / f"{name}.npy", array)
     job.processes.wait()
