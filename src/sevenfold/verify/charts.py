@@ -153,7 +153,7 @@ def axis_label(value: float, axis: Axis) -> str:
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if largest >= 10 * size and value:
             return f"{value / size:.4g}{unit}"
-    return f"{value:.6g}".replace("-", "\N{MINUS SIGN}")
+    return f"{value:,.6g}".replace("-", "\N{MINUS SIGN}")
 
 
 def bucketed(points: Sequence[Point]) -> list[tuple[float, float, float, float]]:
@@ -320,7 +320,8 @@ def _lines_by_length(
             means = [(step, mean) for step, mean, _, _ in bucketed(inside)]
             colour = min(lengths.index(length), NUM_LENGTH_COLOURS - 1)
             path = _path(means, x_axis, y_axis)
-            yield Line(kind=f"length-{colour}", name=f"context {length}", path=path)
+            name = f"context {length:,}" if length == lengths[0] else f"{length:,}"
+            yield Line(kind=f"length-{colour}", name=name, path=path)
 
 
 def _note(axis: Axis) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sevenfold.base import storage
+from sevenfold.base.config import fingerprint
 from sevenfold.base.records import STAGES, Run
 
 DATA_FOLDERS = {
@@ -47,29 +48,44 @@ class Artifact:
 def trace(run: Run) -> list[Artifact]:
     """Return the artifacts that exist in ``run``, inputs before what is made from them."""
     found: list[tuple[str, str, str, Mapping[str, Any]]] = []
+    holders: dict[str, str] = {}
     folders = [("tokenizer", "tokenizer", run.tokenizer)]
     folders += [(f"data/{name}", label, run.data(name)) for name, label in DATA_FOLDERS.items()]
     for name, label, folder in folders:
         manifest = read_manifest_if_there(folder)
         if manifest is not None:
-            found.append((name, label, str(manifest["fingerprint"]), _mapping(manifest, "inputs")))
+            inputs = _mapping(manifest, "inputs")
+            found.append((name, label, str(manifest["fingerprint"]), inputs))
+            # Prepared rows may be made from single files of another folder, the village's.
+            files = ({Path(f["path"]).name: f["sha256"]} for f in manifest["files"])
+            holders |= {fingerprint(file): name for file in files}
     for stage in STAGES:
         manifest = read_manifest_if_there(run.model(stage))
         if manifest is not None:
-            inputs = _mapping(read_record_if_there(run, stage), "inputs")
+            inputs = _stage_inputs(run, stage)
             found.append((stage, f"{stage} model", str(manifest["fingerprint"]), inputs))
-    holders = {fingerprint: name for name, _, fingerprint, _ in found}
+    holders |= {bytes_fingerprint: name for name, _, bytes_fingerprint, _ in found}
     labels = {name: label for name, label, _, _ in found}
     artifacts = [
         Artifact(
             name=name,
             label=label,
-            fingerprint=fingerprint,
-            parents=tuple(_parents(inputs, holders, labels)),
+            fingerprint=bytes_fingerprint,
+            parents=tuple(dict.fromkeys(_parents(name, inputs, holders, labels))),
         )
-        for name, label, fingerprint, inputs in found
+        for name, label, bytes_fingerprint, inputs in found
     ]
     return _inputs_first(artifacts)
+
+
+def _stage_inputs(run: Run, stage: str) -> Mapping[str, Any]:
+    """Return a stage's inputs under names of this run: ``model`` is the stage before it."""
+    record = read_record_if_there(run, stage)
+    before = STAGES[max(0, STAGES.index(stage) - 1)]
+    model = "starting model" if record.get("external") is True else before
+    data = "data/packed" if stage == "pretrain" else f"data/{stage}"
+    names = {"model": model, "data": data}
+    return {names.get(name, name): value for name, value in _mapping(record, "inputs").items()}
 
 
 def read_manifest_if_there(folder: Path) -> dict[str, Any] | None:
@@ -94,24 +110,28 @@ def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _parents(
-    inputs: Mapping[str, Any], holders: Mapping[str, str], labels: Mapping[str, str]
+    child: str, inputs: Mapping[str, Any], holders: Mapping[str, str], labels: Mapping[str, str]
 ) -> Iterator[Parent]:
     for given, value in inputs.items():
-        fingerprint = str(value)
-        holder = holders.get(fingerprint)
+        holder = holders.get(str(value))
         name = holder or _named(given, labels)
+        if name == child:
+            name = holder = None
         yield Parent(
             name=name or given,
             label=labels[name] if name else given,
-            fingerprint=fingerprint,
+            fingerprint=str(value),
             state="here" if holder else "changed" if name else "outside",
         )
 
 
-def _named(given: str, names: Container[str]) -> str | None:
+def _named(given: str, known: Container[str]) -> str | None:
     """Return the artifact of this run that an input's name means, if there is one."""
-    candidates = (given, f"data/{given}", given.removesuffix("/model"), given.removesuffix("_data"))
-    return next((name for name in candidates if name in names), None)
+    name = f"data/{given}" if given in DATA_FOLDERS else given
+    if name in known:
+        return name
+    inside = Path(given).parts[-3:-1]
+    return "/".join(inside) if inside and "/".join(inside) in known else None
 
 
 def _inputs_first(artifacts: list[Artifact]) -> list[Artifact]:

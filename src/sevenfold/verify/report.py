@@ -19,9 +19,13 @@ import yaml
 
 from sevenfold.base import storage
 from sevenfold.base.records import GATED_STAGES, STAGES, Run
-from sevenfold.verify import charts, lineage, report_text, standing
+from sevenfold.verify import charts, data_card, lineage, report_text, standing
 
 MAX_EVENTS_SHOWN = 40
+MAX_SAMPLES_OPEN = 12
+SHOWN_ELSEWHERE = frozenset(
+    ("step", "tokens", "lr", "grad_norm", "tok_s", "mfu", "mem_gib", "seq_len", "elapsed_s")
+)
 MAX_HEADER_BYTES = 100_000_000
 TITLES = {
     "init": "Initial model",
@@ -32,7 +36,7 @@ TITLES = {
 }
 EVENT_NAMES = {
     "skip": "step skipped",
-    "oom": "out of memory, recovered",
+    "oom": "recovered from lack of memory",
     "rewind": "rolled back",
     "resume": "resumed",
 }
@@ -90,8 +94,8 @@ def describe(run: Run) -> dict[str, Any]:
         "forced": _forced(stages),
         "metrics": _metrics(stages),
         "samples": _samples(stages),
-        "sources": _sources(run),
-        "data": _data(run),
+        "sources": data_card.sources(run),
+        "data": data_card.prepared(run),
         "artifacts": lineage.trace(run),
         "fingerprint": str(run.facts.get("fingerprint", "")),
         "code": str(run.facts.get("code", "unknown")),
@@ -111,7 +115,6 @@ def _stage(run: Run, name: str) -> dict[str, Any]:
     drawn = [charts.draw(quantity, rows) for quantity in charts.QUANTITIES]
     checks = verdict.get("checks")
     tokens = charts.series(rows, "tokens")
-    final = record.get("metrics")
     return {
         "name": name,
         "title": TITLES[name],
@@ -120,20 +123,27 @@ def _stage(run: Run, name: str) -> dict[str, Any]:
         "external": record.get("external") is True,
         "elapsed_s": charts.finite(record.get("elapsed_s")),
         "evaluation_s": charts.finite(evaluation.get("elapsed_s")),
-        "gpu": report_text.device(record.get("gpu")),
-        "gpu_hours": _gpu_hours(record),
-        "cost": record.get("cost"),
+        "gpu": report_text.device(record.get("gpu"), record.get("num_gpus")),
+        "gpu_hours": charts.finite(record.get("gpu_hours")),
+        "cost": charts.finite(record.get("cost")),
         "tokens": tokens[-1][1] if tokens else None,
         "tokens_per_s": _median(rows, "tok_s"),
         "mfu": _median(rows, "mfu"),
         "memory_gib": max((value for _, value in charts.series(rows, "mem_gib")), default=None),
-        "final": dict(final) if isinstance(final, Mapping) else {},
+        "final": _final(record.get("metrics")),
         "charts": [chart for chart in drawn if chart is not None],
         "lengths": charts.context_lengths(rows),
         "events": _events(rows),
         "checks": [standing.check(c) for c in checks or () if isinstance(c, Mapping)],
         "evaluation": evaluation,
     }
+
+
+def _final(metrics: object) -> list[tuple[str, float]]:
+    """Return the final numbers of a stage that neither curves nor the table of times show."""
+    given = metrics.items() if isinstance(metrics, Mapping) else ()
+    numbers = [(str(key), charts.finite(value)) for key, value in given]
+    return [(k, v) for k, v in numbers if v is not None and k not in SHOWN_ELSEWHERE]
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:
@@ -146,14 +156,6 @@ def _median(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
     return values[len(values) // 2] if values else None
 
 
-def _gpu_hours(record: Mapping[str, Any]) -> float | None:
-    gpu, elapsed_s = record.get("gpu"), charts.finite(record.get("elapsed_s"))
-    if not isinstance(gpu, Mapping) or elapsed_s is None:
-        return None
-    number = charts.finite(gpu.get("num_gpus"))
-    return number * elapsed_s / 3600 if number else None
-
-
 def _events(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     events = [row for row in rows if row.get("event")]
     kinds: dict[str, int] = {}
@@ -164,9 +166,9 @@ def _events(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "step": row.get("step"),
             "name": EVENT_NAMES.get(str(row["event"]), str(row["event"])),
             "details": [
-                (key.replace("_", " "), value)
+                (key.replace("_", " "), "not finite" if value is None else value)
                 for key, value in row.items()
-                if key not in ("event", "step") and value is not None
+                if key not in ("event", "step")
             ],
         }
         for row in events[:MAX_EVENTS_SHOWN]
@@ -221,75 +223,27 @@ def _measurement(values: Mapping[str, Any] | None) -> dict[str, float | None] | 
 
 
 def _samples(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the prompts in order, each with the answers of all stages that have samples."""
+    """Return the prompts, each with the answers of the stages asked; most often asked first."""
     answers: dict[str, dict[str, str]] = {}
-    names = []
+    expected: dict[str, str] = {}
     for stage in stages:
         samples = stage["evaluation"].get("samples")
-        if not isinstance(samples, list) or not samples:
-            continue
-        names.append(stage["name"])
-        for sample in samples:
+        for sample in samples if isinstance(samples, list) else ():
             if isinstance(sample, Mapping):
                 prompt = report_text.prompt(sample.get("prompt"))
                 answers.setdefault(prompt, {})[stage["name"]] = str(sample.get("answer", ""))
+                if isinstance(sample.get("expected"), str):
+                    expected[prompt] = sample["expected"]
+    names = [s["name"] for s in stages if any(s["name"] in given for given in answers.values())]
     rows = [
-        {"prompt": prompt, "answers": [(name, given.get(name)) for name in names]}
-        for prompt, given in answers.items()
-    ]
-    return {"stages": names, "rows": rows}
-
-
-def _sources(run: Run) -> list[dict[str, Any]]:
-    """Return the sources that the manifests of prepared data name, each with its uses."""
-    found: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for folder in lineage.DATA_FOLDERS:
-        manifest = lineage.read_manifest_if_there(run.data(folder)) or {}
-        sources = manifest.get("sources")
-        for source in sources if isinstance(sources, list) else ():
-            if not isinstance(source, Mapping):
-                continue
-            licence = str(source.get("licence") or source.get("license") or "").strip()
-            name = str(source.get("name") or "unnamed")
-            origin = str(source.get("path_or_dataset") or source.get("path") or "")
-            entry = found.setdefault(
-                (name, origin, licence),
-                {
-                    "name": name,
-                    "origin": "" if origin == name else origin,
-                    "licence": "" if licence.lower() in ("unknown", "none") else licence,
-                    "documents": charts.finite(source.get("documents") or source.get("rows")),
-                    "uses": [],
-                },
-            )
-            entry["uses"].append(lineage.DATA_FOLDERS[folder])
-    return list(found.values())
-
-
-def _data(run: Run) -> list[dict[str, Any]]:
-    """Return the counts of every prepared folder, and what was dropped for which reason."""
-    prepared = []
-    for folder, label in lineage.DATA_FOLDERS.items():
-        manifest = lineage.read_manifest_if_there(run.data(folder))
-        if manifest is None:
-            continue
-        counts = manifest.get("counts")
-        facts = {**manifest, **(counts if isinstance(counts, Mapping) else {})}
-        numbers = {
-            key: value
-            for key in ("documents", "rows", "tokens", "bytes", "row_length")
-            if (value := charts.finite(facts.get(key))) is not None
+        {
+            "prompt": prompt,
+            "expected": expected.get(prompt, ""),
+            "answers": [(n, name, given[name]) for n, name in enumerate(names, 1) if name in given],
         }
-        dropped = facts.get("dropped")
-        prepared.append(
-            {
-                "label": label,
-                "folder": f"data/{folder}",
-                "numbers": numbers,
-                "dropped": dict(dropped) if isinstance(dropped, Mapping) else {},
-            }
-        )
-    return prepared
+        for prompt, given in sorted(answers.items(), key=lambda item: -len(item[1]))
+    ]
+    return {"stages": names, "rows": rows[:MAX_SAMPLES_OPEN], "more": rows[MAX_SAMPLES_OPEN:]}
 
 
 def _num_parameters(run: Run) -> int | None:
@@ -317,7 +271,9 @@ def _num_values(path: Path) -> int:
 def _commands(run: Run, stages: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the commands that repeat this run from its recipe."""
     folder = shlex.quote(f"runs/{run.folder.resolve().name}-again")
-    common = f"--preset {shlex.quote(run.preset)} --config recipe.yaml --run {folder}"
+    parts = [f"sevenfold run --preset {shlex.quote(run.preset)} --config recipe.yaml"]
+    parts.append(f"--run {folder}")
     reasons = dict.fromkeys(str(stage["forced"]) for stage in stages if stage["forced"])
-    force = f" --force {shlex.quote('; '.join(reasons))}" if reasons else ""
-    return [f"sevenfold run {common}{force}", f"sevenfold report {folder}"]
+    if reasons:
+        parts.append(f"--force {shlex.quote('; '.join(reasons))}")
+    return [" \\\n    ".join(parts), f"sevenfold report {folder}"]

@@ -85,16 +85,10 @@ def clip(text: object) -> str:
     return f"{text[:MAX_CHARACTERS_SHOWN]} … ({left_out:,} characters more)"
 
 
-def device(gpu: object) -> str:
+def device(name: object, several: object) -> str:
     """Return a device's name, with its number where there are several."""
-    if isinstance(gpu, Mapping):
-        name, several = str(gpu.get("name") or ""), gpu.get("num_gpus")
-        return (
-            f"{several} \N{MULTIPLICATION SIGN} {name}"
-            if isinstance(several, int) and several > 1
-            else name
-        )
-    return str(gpu or "")
+    number_first = isinstance(several, int) and several > 1
+    return f"{several} \N{MULTIPLICATION SIGN} {name}" if number_first else str(name or "")
 
 
 def prompt(value: Any) -> str:

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from sevenfold.base import records, storage
+from sevenfold.base.config import fingerprint
 from sevenfold.base.errors import BadDataError
-from sevenfold.verify import charts, intervals, report, report_text
+from sevenfold.verify import charts, intervals, lineage, report, report_text
 
 STEPS = {"pretrain": 2400, "sft": 1000, "dpo": 250, "lora": 460}
 START = {"pretrain": (6.9, 0.87), "sft": (2.4, 0.42), "dpo": (0.69, 0.21), "lora": (3.1, 0.35)}
@@ -73,6 +74,18 @@ def write_data(run, name, content="rows", **facts):
     with storage.new_folder(run.data(name), kind=name, **facts) as folder:
         (folder / name).write_text(content)
     return storage.read_manifest(run.data(name))["fingerprint"]
+
+
+def write_rows(run, name, tokenizer, *, sources, rows, dropped=0):
+    return write_data(
+        run,
+        name,
+        inputs={"tokenizer": tokenizer},
+        sources=sources,
+        rows=rows,
+        validation_rows=rows // 50,
+        counts={"dropped": {"no loss token": dropped}, "truncated": 4, "rejected": 0},
+    )
 
 
 def check(metric, value, low, high, n, threshold, direction, result, why=""):
@@ -140,7 +153,7 @@ CHECKS = {
 
 
 def write_stage(run, stage, inputs, *, forced=None, events=()):
-    fingerprint = write_model(run, stage)
+    judged = write_model(run, stage)
     rows = storage.JsonLines(run.stage(stage) / "metrics.jsonl")
     lines = [*fake_rows(stage), *events] if stage in STEPS else []
     storage.write_text(rows.path, "".join(json.dumps(line) + "\n" for line in lines))
@@ -152,7 +165,10 @@ def write_stage(run, stage, inputs, *, forced=None, events=()):
         "forced": forced,
         "external": False,
         "elapsed_s": STEPS.get(stage, 20) * 0.034,
-        "gpu": {"name": "CPU", "num_gpus": 0},
+        "gpu": "CPU",
+        "num_gpus": 0,
+        "gpu_hours": 0.0,
+        "cost": None,
         "evidence": {},
     }
     if stage in CHECKS:
@@ -162,7 +178,7 @@ def write_stage(run, stage, inputs, *, forced=None, events=()):
             folder / "evaluation.json",
             {
                 "stage": stage,
-                "fingerprint": fingerprint,
+                "fingerprint": judged,
                 "metrics": {
                     "perplexity": {"value": 2.38, "low": 2.31, "high": 2.46, "n": 2048},
                     "refusal_rate": {"value": 0.043, "low": 0.025, "high": 0.072, "n": 300},
@@ -182,14 +198,14 @@ def write_stage(run, stage, inputs, *, forced=None, events=()):
         verdict = {
             "stage": stage,
             "promoted": results == {"pass"},
-            "fingerprint": fingerprint,
+            "fingerprint": judged,
             "checks": CHECKS[stage],
         }
         storage.write_json(folder / "verdict.json", verdict)
         sha256 = hashlib.sha256((folder / "verdict.json").read_bytes()).hexdigest()
         record["evidence"] = {"verdict_sha256": sha256}
     run.write_record(stage, record)
-    return fingerprint
+    return judged
 
 
 def start_run(folder, recipe=None):
@@ -209,45 +225,50 @@ def start_run(folder, recipe=None):
 def write_example(folder):
     """Write the files of a whole run: an SFT that is inconclusive, a LoRA that fails."""
     run = start_run(folder)
-    source = {"name": "village", "licence": "CC0-1.0", "documents": 68181}
-    raw = write_data(run, "raw", sources=[source], documents=68181)
+    village = {"name": "village", "location": "village", "licence": "generated"}
+    village |= {"train": 66181, "validation": 2000}
+    raw = write_data(run, "raw", sources=[village], documents=68181, rows={"domain": 120})
     clean = write_data(
         run,
         "clean",
-        sources=[source],
+        sources=[village],
         inputs={"raw": raw},
-        counts={"documents": 68020, "bytes": 6_120_400},
+        documents={"train": 66020, "validation": 2000},
+        bytes={"train": 5_940_400, "validation": 180_000},
         dropped={"exact_duplicate": 151, "too_short": 10},
     )
     with storage.new_folder(run.tokenizer, kind="tokenizer", inputs={"clean": clean}) as made:
         (made / "tokenizer.json").write_text("{}")
     tokenizer = storage.read_manifest(run.tokenizer)["fingerprint"]
-    packed = write_data(
-        run, "packed", inputs={"clean": clean, "tokenizer": tokenizer}, rows=5960, tokens=1525760
-    )
-    books = {"name": "letters", "path_or_dataset": "my_letters.jsonl", "documents": 900}
-    rows = write_data(
-        run, "sft", inputs={"tokenizer": tokenizer}, sources=[source, books], rows=9400
-    )
-    pairs = write_data(run, "dpo", inputs={"tokenizer": tokenizer}, sources=[source], rows=1500)
-    ships = write_data(run, "lora", inputs={"tokenizer": tokenizer}, sources=[source], rows=3000)
+    counts = {
+        "train": {"rows": 5960, "tokens": 1525760},
+        "validation": {"rows": 180, "tokens": 46080},
+    }
+    inputs = {"clean": clean, "tokenizer": tokenizer}
+    packed = write_data(run, "packed", sources=[village], inputs=inputs, counts=counts)
+    talks = {"name": "village", "location": f"{run.data('raw')}/talks.jsonl"}
+    talks |= {"licence": "generated", "rows": 8500}
+    letters = {"name": "letters", "location": "my_letters.jsonl", "licence": "unknown", "rows": 900}
+    rows = write_rows(run, "sft", tokenizer, sources=[talks, letters], rows=9200, dropped=30)
+    pairs = write_rows(run, "dpo", tokenizer, sources=[talks], rows=1500)
+    ships = write_rows(run, "lora", tokenizer, sources=[talks], rows=3000)
     model = write_stage(run, "init", {"tokenizer": tokenizer})
     events = [
         {"step": 700, "event": "skip", "loss": 9e9, "grad_norm": 99.5},
         {"step": 1300, "event": "oom", "micro_batch": 8, "seq_len": 128},
         {"step": 1800, "event": "resume"},
     ]
-    model = write_stage(run, "pretrain", {"init": model, "packed": packed}, events=events)
-    model = write_stage(run, "sft", {"pretrain": model, "sft_data": rows})
-    model = write_stage(run, "dpo", {"sft": model, "dpo_data": pairs}, forced=FORCED_REASON)
-    write_stage(run, "lora", {"dpo": model, "lora_data": ships}, forced=FORCED_REASON)
+    model = write_stage(run, "pretrain", {"model": model, "data": packed}, events=events)
+    model = write_stage(run, "sft", {"model": model, "data": rows})
+    model = write_stage(run, "dpo", {"model": model, "data": pairs}, forced=FORCED_REASON)
+    write_stage(run, "lora", {"model": model, "data": ships}, forced=FORCED_REASON)
     return run
 
 
 class Page(HTMLParser):
     """Collects what the page shows, what it opens, and what it would load."""
 
-    LEFT_OPEN = ("meta", "link", "br", "img", "input")
+    LEFT_OPEN = ("meta", "link", "img", "wbr")
 
     def __init__(self, source):
         super().__init__()
@@ -257,6 +278,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
+        self.text += " " if tag == "small" else ""
         if tag not in self.LEFT_OPEN:
             self.unclosed.append(tag)
         self.links += [value for key, value in attrs if key in ("href", "src", "xlink:href")]
@@ -338,25 +360,57 @@ def test_samples_stand_side_by_side_for_the_same_prompt(example):
     rows = report.describe(example)["samples"]["rows"]
     assert [row["prompt"] for row in rows] == list(PROMPTS)
     assert rows[1]["answers"] == [
-        ("pretrain", "With care."),
-        ("sft", "Take the torch and burn it."),
-        ("dpo", "Sorry, no."),
-        ("lora", "Sorry, no."),
+        (1, "pretrain", "With care."),
+        (2, "sft", "Take the torch and burn it."),
+        (3, "dpo", "Sorry, no."),
+        (4, "lora", "Sorry, no."),
     ]
+
+
+def test_prompts_asked_of_one_stage_only_come_last_and_many_fold_away(tmp_path):
+    run = start_run(tmp_path / "run")
+    own = [{"prompt": f"only {n}", "answer": "a", "expected": f"gold {n}"} for n in range(20)]
+    for stage, samples in (("sft", own), ("dpo", [{"prompt": "both", "answer": ""}])):
+        samples = [*samples, {"prompt": "both", "answer": ""}]
+        storage.write_json(run.stage(stage) / "evaluation.json", {"samples": samples})
+    samples = report.describe(run)["samples"]
+    assert samples["rows"][0]["answers"] == [(1, "sft", ""), (2, "dpo", "")]
+    assert len(samples["rows"]) + len(samples["more"]) == 21
+    text = words(page_of(run)[0].text)
+    assert "9 more" in text
+    assert "Expected: gold 19" in text
+    assert "empty answer" in text
 
 
 def test_an_unknown_licence_is_marked(example):
     page, source = page_of(example)
     assert re.search(r'letters.*?<strong class="unknown">', source, re.S)
     assert source.count('class="unknown"') == 1
-    assert "CC0-1.0" in page.text
-    assert "exact duplicate 151" in words(page.text)
+    text = words(page.text)
+    assert "village generated 68,181 documents source text" in text
+    assert "data/raw/talks.jsonl generated 8,500 rows SFT rows" in text
+    assert "exact duplicate 151 too short 10" in text
+    assert "66,020 + 2,000 held out" in text
+    assert "5,960 + 180 held out 1,525,760 + 46,080 held out" in text
+    assert "9,200 + 184 held out" in text
+    assert "no loss token 30 truncated 4" in text
+
+
+def test_devices_hours_and_cost_are_shown_and_added_up(tmp_path):
+    run = start_run(tmp_path / "run")
+    for stage in ("sft", "dpo"):
+        write_stage(run, stage, {})
+        gpu = {"gpu": "NVIDIA H100", "num_gpus": 8, "gpu_hours": 2.5, "cost": 7.25}
+        run.write_record(stage, run.record(stage) | gpu)
+    text = words(page_of(run)[0].text)
+    assert "8 \N{MULTIPLICATION SIGN} NVIDIA H100" in text
+    assert re.search(r"\ball .* 5\.000 14\.50 ", text)
 
 
 def test_events_are_listed(page):
     text = words(page.text)
     assert "step 700 step skipped" in text
-    assert "step 1,300 out of memory, recovered micro batch 8 seq len 128" in text
+    assert "step 1,300 recovered from lack of memory micro batch 8 seq len 128" in text
     assert "step 1,800 resumed" in text
 
 
@@ -432,7 +486,7 @@ EVIL = '<script>alert("1")</script><img src=http://x.example/a onerror=b>\'"&{{ 
 
 def test_everything_people_write_is_escaped(tmp_path):
     run = start_run(tmp_path / "<b>run", recipe={"note": EVIL})
-    source = {"name": EVIL, "licence": EVIL, "path_or_dataset": EVIL + "2", "documents": 3}
+    source = {"name": EVIL, "licence": EVIL, "location": EVIL + "2", "documents": 3}
     write_data(run, "raw", sources=[source], dropped={EVIL: 2}, inputs={EVIL: EVIL})
     event = {"step": 9, "event": EVIL, EVIL: EVIL}
     write_stage(run, "sft", {EVIL: EVIL}, forced=EVIL, events=[event])
@@ -444,7 +498,7 @@ def test_everything_people_write_is_escaped(tmp_path):
     verdict = storage.read_json(folder / "verdict.json")
     verdict["checks"].append({key: EVIL for key in CHECKS["sft"][0]})
     storage.write_json(folder / "verdict.json", verdict)
-    run.write_record("sft", run.record("sft") | {"gpu": EVIL, "metrics": {EVIL: 1.0}, "cost": EVIL})
+    run.write_record("sft", run.record("sft") | {"gpu": EVIL, "metrics": {EVIL: 1.0}})
     page, text = page_of(records.open_run(run.folder))
     assert page.unclosed == []
     assert not {"script", "img", "b>run"} & set(page.tags)
@@ -488,13 +542,30 @@ def test_lineage_matches_inputs_by_fingerprint(tmp_path):
     assert names.index("pretrain") < names.index("sft") < names.index("dpo")
 
 
+def test_rows_made_from_a_file_of_another_folder_name_that_folder(tmp_path):
+    run = start_run(tmp_path / "run")
+    write_data(run, "raw", content="talks")
+    path = run.data("raw") / "raw"
+    given = fingerprint({"raw": storage.sha256_file(path)})
+    write_data(run, "sft", inputs={str(path): given, "/elsewhere/more.jsonl": "12" * 32})
+
+    def parents():
+        found = {artifact.name: artifact for artifact in lineage.trace(run)}
+        return [(parent.label, parent.state) for parent in found["data/sft"].parents]
+
+    outside = ("/elsewhere/more.jsonl", "outside")
+    assert parents() == [("source text", "here"), outside]
+    write_data(run, "raw", content="other talks")
+    assert parents() == [("source text", "changed"), outside]
+
+
 def test_a_model_from_outside_is_said_to_be_one(tmp_path):
     run = start_run(tmp_path / "run")
-    write_stage(run, "sft", {"/models/other": "ab" * 32})
+    write_stage(run, "sft", {"model": "ab" * 32})
     run.write_record("sft", run.record("sft") | {"external": True})
     text = words(page_of(run)[0].text)
     assert "started from a model outside this run" in text
-    assert "/models/other abababababab outside this run" in text
+    assert "starting model abababababab outside this run" in text
 
 
 def test_the_recipe_on_the_page_reads_back_as_the_recipe(example):
@@ -506,8 +577,8 @@ def test_the_recipe_on_the_page_reads_back_as_the_recipe(example):
 def test_commands_quote_what_people_wrote(example):
     commands = report.describe(example)["commands"]
     assert commands[0] == (
-        "sevenfold run --preset demo --config recipe.yaml --run runs/village-7-again "
-        f"--force '{FORCED_REASON}'"
+        "sevenfold run --preset demo --config recipe.yaml \\\n    --run runs/village-7-again "
+        f"\\\n    --force '{FORCED_REASON}'"
     )
 
 
