@@ -1,0 +1,144 @@
+"""What only a GPU can show: FP8 and Liger in place, equal weights, the planner's peak."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sevenfold.model.config import InitConfig, ModelConfig
+from sevenfold.model.float8 import convert_to_float8, why_not_float8
+from sevenfold.model.llama import initialize
+from sevenfold.train.config import (
+    ContextPhase,
+    Duration,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from sevenfold.train.planner import plan
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+CONFIG = ModelConfig(
+    vocab_size=1024,
+    hidden_size=256,
+    intermediate_size=512,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    max_seq_len=256,
+    rope_theta=10_000.0,
+    norm_eps=1e-5,
+    tie_embeddings=True,
+)
+INIT = InitConfig(std=0.02, scale_residual=True, dtype="bfloat16")
+
+
+def forward(model: Any) -> torch.Tensor:
+    ids_bt = torch.arange(512, device="cuda").view(2, 256) % 1024
+    with torch.no_grad():
+        logits_btv: torch.Tensor = model.eval()(input_ids=ids_bt, use_cache=False).logits
+    return logits_btv.float()
+
+
+def test_weights_on_the_gpu_are_those_on_the_cpu() -> None:
+    there = initialize(CONFIG, INIT, 3, torch.bfloat16, "cuda").state_dict()
+    here = initialize(CONFIG, INIT, 3, torch.bfloat16, "cpu").state_dict()
+    assert all(torch.equal(there[name].cpu(), here[name]) for name in here)
+
+
+def test_fp8_computes_about_the_same_and_gives_gradients() -> None:
+    if reason := why_not_float8():
+        pytest.skip(reason)
+    model = initialize(CONFIG, INIT, 3, torch.bfloat16, "cuda")
+    exact = forward(model)
+    convert_to_float8(model)
+    near = forward(model)
+    assert 0 < (near - exact).norm() / exact.norm() < 0.1
+    ids_bt = torch.arange(512, device="cuda").view(2, 256) % 1024
+    model(input_ids=ids_bt, labels=ids_bt, use_cache=False).loss.backward()
+    gradient = model.model.layers[0].mlp.up_proj.weight.grad
+    assert gradient is not None
+    assert bool(torch.isfinite(gradient).all())
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed"
+)
+def test_liger_computes_the_same(tmp_path: Path) -> None:
+    """In processes of their own, since Liger cannot be taken out again."""
+    code = (
+        "import sys, torch\n"
+        "from sevenfold.model.kernels import setup_kernel_optimizations\n"
+        "setup_kernel_optimizations(liger=sys.argv[1] == 'liger')\n"
+        "sys.path.insert(0, sys.argv[2])\n"
+        "from test_model_gpu import CONFIG, INIT, forward, initialize\n"
+        "model = initialize(CONFIG, INIT, 3, torch.bfloat16, 'cuda')\n"
+        "print(type(model.model.norm).__name__)\n"
+        "torch.save(forward(model).cpu(), sys.argv[3])"
+    )
+    found = {}
+    for kernel in ("plain", "liger"):
+        file = tmp_path / kernel
+        arguments = [sys.executable, "-c", code, kernel, str(Path(__file__).parent), str(file)]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert ("Liger" in done.stdout) is (kernel == "liger")
+        found[kernel] = torch.load(file, weights_only=True)
+    error = (found["plain"] - found["liger"]).norm() / found["plain"].norm()
+    assert error < 0.02
+
+
+def test_the_7bs_layers_need_what_the_planner_counts() -> None:
+    """Two layers of the 7B's shape, compiled; the optimizer's state is left out on both sides."""
+    config = dataclasses.replace(
+        CONFIG,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_heads=32,
+        num_kv_heads=8,
+        max_seq_len=2048,
+    )
+    train = TrainConfig(
+        duration=Duration(steps=1),
+        tokens_per_batch=8192,
+        contexts=(ContextPhase(length=2048, until=1.0),),
+        micro_batch=2,
+        mask_documents=False,
+        optimizer=OptimizerConfig(
+            kind="adamw_8bit", betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.1, clip_norm=1.0
+        ),
+        schedule=ScheduleConfig(kind="cosine", peak_lr=1e-4, final_lr=0.0, warmup_fraction=0.0),
+        precision="bf16",
+        weights="bf16",
+        compile="default",
+        recompute=False,
+        deterministic=False,
+        validate_every=1,
+        validation_batches=1,
+        checkpoint_every=1,
+        keep_checkpoints=1,
+        log_every=1,
+        max_skipped_steps=0,
+    )
+    planned = plan(config, train, num_steps=1, precision="bf16", loss_kernel="cce").memory[0]
+    model = initialize(config, INIT, 0, torch.bfloat16, "cuda")
+    for layer in model.model.layers:
+        layer.compile()
+    ids_bt = torch.randint(0, 1024, (2, 2048), device="cuda")
+    for _ in range(2):
+        # The gradients of the first round stay, as they do over the micro-batches of a step.
+        torch.cuda.reset_peak_memory_stats()
+        model.model(input_ids=ids_bt, use_cache=False).last_hidden_state.float().sum().backward()
+    measured_gib = torch.cuda.max_memory_allocated() / 2**30
+    assert measured_gib == pytest.approx(planned.peak_gib - planned.optimizer_gib, rel=0.1)
