@@ -57,7 +57,7 @@ def latest_stage(run: Run) -> str:
     """
     for stage in reversed(STAGES[1:]):
         if (run.stage(stage) / "record.json").is_file():
-            return stage
+            return str(stage)
     raise UsageError(f"{run.folder}: no trained model yet; run scripts/run_full_pipeline.sh first")
 
 

@@ -64,7 +64,8 @@ def run_all(options: argparse.Namespace) -> None:
     with steps.working_on(options) as job:
         require_known_gates(job.run, job.recipe, gates_file)
         if options.dry_run:
-            _dry_run(job, chosen)
+            stages = [step.verb for step in chosen if step.is_training]
+            steps.dry_run(job, stages, options)
             return
         started_at_s = time.monotonic()
         try:
@@ -98,11 +99,6 @@ def _find(flag: str, name: str) -> int:
         if wanted in (step.verb, step.number, step.number.lstrip("0")):
             return index
     raise UsageError(f"{flag} {name}: no such step{nearest(name, [s.verb for s in STEPS])}")
-
-
-def _dry_run(job: Job, chosen: tuple[Step, ...]) -> None:
-    stages = [step.verb for step in chosen if step.is_training]
-    steps.call("planning", "dry_run")(job.run, job.recipe, stages)
 
 
 def _announce(step: Step, chosen: tuple[Step, ...], index: int) -> None:
@@ -164,7 +160,7 @@ def _close(job: Job, started_at_s: float, *, talk: bool) -> None:
 
 
 def _print_verdicts(run: records.Run) -> None:
-    rows = []
+    rows: list[list[Any]] = []
     for stage in GATED_STAGES:
         path = run.stage(stage) / "verdict.json"
         if not path.is_file():

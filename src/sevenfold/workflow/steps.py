@@ -136,13 +136,15 @@ def train(options: argparse.Namespace, stage: str) -> None:
     with working_on(options, precision_overrides(options, stage)) as job:
         require_known_gates(job.run, job.recipe, recipes.gates_file())
         if options.dry_run:
-            call("planning", "dry_run")(job.run, job.recipe, [stage])
+            dry_run(job, [stage], options)
         else:
             train_stage(job, stage, options)
 
 
 def train_stage(job: Job, stage: str, options: argparse.Namespace) -> None:
     """Train ``stage`` of a run whose lock is held."""
+    if options.start_from is None:
+        call("planning", "require_room")(job.run, job.recipe, stage)
     if _train_on_all_gpus(job.run, stage, options):
         return
     training = importlib.import_module("sevenfold.workflow.training")
@@ -156,8 +158,31 @@ def train_stage(job: Job, stage: str, options: argparse.Namespace) -> None:
     call(stage, stage)(job.run, job.recipe, stage_options)
 
 
+def dry_run(job: Job, stages: Sequence[str], options: argparse.Namespace) -> None:
+    """Plan ``stages`` and rehearse the largest on the GPUs there are; write nothing."""
+    if not stages:
+        console.print_line("dry run: the recipe is valid and no stage trains; nothing was written")
+        return
+    arguments = [stages[0], "--dry-run", "--preset", job.run.preset]
+    arguments += [] if options.config is None else ["--config", str(options.config)]
+    for assignment in options.set:
+        arguments += ["--set", assignment]
+    if not _on_all_gpus(job.run, arguments):
+        call("planning", "dry_run")(job.run, job.recipe, stages)
+
+
 def _train_on_all_gpus(run: Run, stage: str, options: argparse.Namespace) -> bool:
-    """Start one process per GPU and wait for them; False where one process is enough.
+    arguments = [stage]
+    arguments += ["--enable-oom-recovery"] if options.enable_oom_recovery else []
+    arguments += [] if options.resume else ["--no-resume"]
+    for name in ("start_from", "force", "data"):
+        value = getattr(options, name, None)
+        arguments += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+    return _on_all_gpus(run, [*arguments, *(["--debug"] if options.debug else [])])
+
+
+def _on_all_gpus(run: Run, arguments: list[str]) -> bool:
+    """Do a command in one process per GPU; False where one process, this one, is enough.
 
     Errors:
         SevenfoldError: the processes ended with an error, which they have printed themselves.
@@ -168,19 +193,13 @@ def _train_on_all_gpus(run: Run, stage: str, options: argparse.Namespace) -> boo
     if num_processes == 1:
         return False
     os.environ[LOCK_HELD_VARIABLE] = str(run.folder.resolve())
-    arguments = ["-m", "sevenfold.workflow.cli", stage, "--run", str(run.folder)]
-    arguments += ["--enable-oom-recovery"] if options.enable_oom_recovery else []
-    arguments += [] if options.resume else ["--no-resume"]
-    arguments += ["--debug"] if options.debug else []
-    for name in ("start_from", "force", "data"):
-        value = getattr(options, name, None)
-        arguments += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
-    code = parallel.launch(arguments, num_processes)
+    module = ["-m", "sevenfold.workflow.cli"]
+    code = parallel.launch([*module, *arguments, "--run", str(run.folder)], num_processes)
     if code:
         kinds = {kind.exit_code: kind for kind in SevenfoldError.__subclasses__()}
         raise kinds.get(code, SevenfoldError)(
-            f"{stage}: one of {num_processes} processes ended with exit code {code}; its own "
-            "message is above"
+            f"{arguments[0]}: one of {num_processes} processes ended with exit code {code}; its "
+            "own message is above"
         )
     return True
 

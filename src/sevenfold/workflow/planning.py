@@ -1,0 +1,147 @@
+"""Before anything starts: what each stage will need, and a worst-case step on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+from sevenfold.base import console, storage
+from sevenfold.base.hardware import GPUInfo, detect_gpu_type
+from sevenfold.base.records import GATED_STAGES, Run
+from sevenfold.train import planner
+from sevenfold.train.config import TrainConfig
+from sevenfold.workflow.recipe import Recipe
+from sevenfold.workflow.training import decide
+
+# Where no rate has been measured, this share of an H100's dense BF16 peak is assumed; the table
+# says so. Half of it is what a careful BF16 run reaches with optimizer and accumulation included.
+ASSUMED_MFU = 0.5
+ASSUMED_PEAK_FLOPS = 989e12
+UNKNOWN_LENGTH = ("tokens", "compute", "time", "cost")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """The plan of one stage; ``has_length`` is False while data that decides it is missing."""
+
+    stage: str
+    plan: planner.Plan
+    has_length: bool
+
+
+def train_config(recipe: Recipe, stage: str) -> TrainConfig:
+    """Return the training section of a stage."""
+    if stage == "pretrain":
+        return recipe.pretrain
+    config: TrainConfig = getattr(recipe, stage).train
+    return config
+
+
+def plan_stage(run: Run, recipe: Recipe, stage: str, rate: planner.Rate | None = None) -> StagePlan:
+    """Plan one stage on this machine, or on one GPU of the usual kind where there is none."""
+    gpu = detect_gpu_type()
+    config = train_config(recipe, stage)
+    num_steps = _num_steps(run, config, stage)
+    on_gpu = gpu["num_gpus"] > 0
+    if rate is None and (on_gpu or recipe.model.num_parameters > 1e8):
+        peak = gpu["peak_bf16_tflops"] * 1e12 or ASSUMED_PEAK_FLOPS
+        rate = planner.Rate(assumed_mfu=ASSUMED_MFU, peak_flops=peak)
+    plan = planner.plan(
+        recipe.model,
+        config,
+        num_steps=num_steps or 1,
+        precision=_precision(config, gpu),
+        world_size=max(1, gpu["num_gpus"]),
+        loss_kernel="cce" if recipe.kernels.cce else "chunked" if on_gpu else "plain",
+        compiled=config.compile != "none",
+        num_trainable_parameters=_num_adapter_parameters(recipe) if stage == "lora" else None,
+        rate=rate,
+        price_per_gpu_hour=recipe.gpu_hour_price,
+    )
+    return StagePlan(stage=stage, plan=plan, has_length=num_steps is not None)
+
+
+def _precision(config: TrainConfig, gpu: GPUInfo) -> Literal["fp32", "bf16", "fp8"]:
+    if config.precision != "auto":
+        return config.precision
+    # Without a GPU the plan is about the GPU that the recipe is meant for.
+    return "fp8" if gpu["supports_fp8"] else "bf16"
+
+
+def _num_steps(run: Run, config: TrainConfig, stage: str) -> int | None:
+    """Return the steps of a stage, None while they depend on data that is not there yet."""
+    if config.duration.epochs is None:
+        return config.num_steps(1, 1)
+    folder = run.data("packed" if stage == "pretrain" else stage)
+    if not (folder / storage.MANIFEST).is_file():
+        return None
+    facts = storage.read_manifest(folder)
+    tokens = facts["counts"].get("train", facts["counts"]).get("tokens")
+    return None if tokens is None else config.num_steps(int(tokens), 1)
+
+
+def _num_adapter_parameters(recipe: Recipe) -> int:
+    """Count the weights of an adapter on every linear module of every layer, the usual case."""
+    model, rank = recipe.model, recipe.lora.adapter.r
+    query = model.num_heads * model.head_width
+    key_value = model.num_kv_heads * model.head_width
+    h, f = model.hidden_size, model.intermediate_size
+    sides = [(h, query), (h, key_value), (h, key_value), (query, h), (h, f), (h, f), (f, h)]
+    return model.num_layers * sum(rank * (inputs + outputs) for inputs, outputs in sides)
+
+
+def print_plan(planned: StagePlan) -> None:
+    """Print one stage's plan as a table."""
+    rows = planner.describe(planned.plan)
+    if not planned.has_length:
+        rows = [row for row in rows if row[0] not in UNKNOWN_LENGTH]
+        rows.insert(1, ("tokens", "known once the data has been prepared"))
+    console.print_table(f"plan of {planned.stage}", ["what", "needs"], rows)
+
+
+def plan_all(run: Run, recipe: Recipe) -> None:
+    """Print the plan of every training stage."""
+    for stage in GATED_STAGES:
+        print_plan(plan_stage(run, recipe, stage))
+
+
+def require_room(run: Run, recipe: Recipe, stage: str) -> None:
+    """Refuse a stage that this machine cannot carry out.
+
+    Errors:
+        UsageError: no GPU where one is needed, or too little memory; with the numbers.
+    """
+    planner.require_room(plan_stage(run, recipe, stage).plan, detect_gpu_type())
+
+
+def dry_run(run: Run, recipe: Recipe, stages: Sequence[str]) -> None:
+    """Print the plans; on a GPU, rehearse the stage that needs most with random tokens.
+
+    Errors:
+        UsageError: the machine cannot carry out one of the stages.
+        MemoryExhaustedError: the rehearsed step did not fit.
+    """
+    planned = [plan_stage(run, recipe, stage) for stage in stages]
+    for each in planned:
+        print_plan(each)
+    gpu = detect_gpu_type()
+    for each in planned:
+        planner.require_room(each.plan, gpu)
+    if planned and gpu["num_gpus"]:
+        worst = max(planned, key=lambda each: each.plan.peak_gib)
+        _rehearse(recipe, worst)
+    console.print_line("dry run: everything asked for can be done here; nothing was written")
+
+
+def _rehearse(recipe: Recipe, planned: StagePlan) -> None:
+    from sevenfold.workflow.rehearsal import rehearse
+
+    config = decide(train_config(recipe, planned.stage))
+    predicted = {part.seq_len: part.peak_gib for part in planned.plan.memory}
+    rows = [
+        [int(row["seq_len"]), predicted.get(int(row["seq_len"])), row["peak_gib"], row["tok_s"]]
+        for row in rehearse(recipe, planned.stage, config)
+    ]
+    columns = ["context", "predicted GiB", "measured GiB", "tokens/s per GPU"]
+    console.print_table(f"a few steps of {planned.stage} on random tokens", columns, rows)
