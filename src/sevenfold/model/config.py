@@ -170,6 +170,22 @@ class LoRAAdapterConfig:
     dropout: Annotated[float, Field(ge=0, lt=1)]
     targets: Literal["all-linear"] | tuple[str, ...]
 
+    def num_parameters(self, model: ModelConfig) -> int:
+        """Weights that this adapter adds to ``model``: r rows and r columns a target."""
+        query = model.num_heads * model.head_width
+        key_value = model.num_kv_heads * model.head_width
+        sides = {
+            "q_proj": model.hidden_size + query,
+            "k_proj": model.hidden_size + key_value,
+            "v_proj": model.hidden_size + key_value,
+            "o_proj": query + model.hidden_size,
+            "gate_proj": model.hidden_size + model.intermediate_size,
+            "up_proj": model.hidden_size + model.intermediate_size,
+            "down_proj": model.intermediate_size + model.hidden_size,
+        }
+        targets = sides if self.targets == "all-linear" else set(self.targets)
+        return self.r * model.num_layers * sum(sides.get(name, 0) for name in targets)
+
 
 def from_hf(config: PretrainedConfig) -> ModelConfig:
     """Describe a transformers model; exact for Llama's family, near for other dense decoders.

@@ -89,6 +89,14 @@ def test_targets_that_match_nothing_are_refused(base: Any) -> None:
         add_adapter(base, LoRAAdapterConfig(r=2, alpha=2.0, dropout=0.0, targets=()))
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj", "down_proj")])
+def test_the_adapters_size_is_counted_exactly(base: Any, tiny: ModelConfig, targets: Any) -> None:
+    config = LoRAAdapterConfig(r=3, alpha=2.0, dropout=0.0, targets=targets)
+    adapted = add_adapter(base, config)
+    added = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert config.num_parameters(tiny) == added
+
+
 @pytest.mark.parametrize(
     "change", [{"r": 0}, {"alpha": 0}, {"dropout": 1.0}, {"targets": 3}, {"rank": 2}]
 )
