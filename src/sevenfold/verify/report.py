@@ -21,7 +21,7 @@ from sevenfold.base import storage
 from sevenfold.base.records import GATED_STAGES, STAGES, Run
 from sevenfold.verify import charts, data_card, lineage, report_text, standing
 
-MAX_EVENTS_SHOWN = 40
+MAX_EVENTS_SHOWN = 12
 MAX_SAMPLES_OPEN = 12
 SHOWN_ELSEWHERE = frozenset(
     ("step", "tokens", "lr", "grad_norm", "tok_s", "mfu", "mem_gib", "seq_len", "elapsed_s")
@@ -69,6 +69,8 @@ def _template() -> jinja2.Template:
     )
     environment.filters |= {
         "number": report_text.number,
+        "plain": report_text.plain,
+        "money": report_text.money,
         "size": report_text.size,
         "count": report_text.count,
         "duration": report_text.duration,
@@ -193,7 +195,7 @@ def _forced(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "stage": names[0],
                 "later": names[1:],
                 "before": before,
-                "held": report_text.TOLD.get(held.word, ""),
+                "held": report_text.TOLD.get(held.word, ("",))[0],
             }
         )
     return found
@@ -223,7 +225,10 @@ def _measurement(values: Mapping[str, Any] | None) -> dict[str, float | None] | 
 
 
 def _samples(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the prompts, each with the answers of the stages asked; most often asked first."""
+    """Return the prompts, each with the answers of the stages asked; most often asked first.
+
+    Where some prompts were put to several stages, those put to one only stand under ``more``.
+    """
     answers: dict[str, dict[str, str]] = {}
     expected: dict[str, str] = {}
     for stage in stages:
@@ -243,7 +248,9 @@ def _samples(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         }
         for prompt, given in sorted(answers.items(), key=lambda item: -len(item[1]))
     ]
-    return {"stages": names, "rows": rows[:MAX_SAMPLES_OPEN], "more": rows[MAX_SAMPLES_OPEN:]}
+    several = sum(len(row["answers"]) > 1 for row in rows)
+    shown = min(several or len(rows), MAX_SAMPLES_OPEN)
+    return {"stages": names, "rows": rows[:shown], "more": rows[shown:]}
 
 
 def _num_parameters(run: Run) -> int | None:

@@ -11,13 +11,13 @@ from sevenfold.base.records import GATED_STAGES
 MINUS = "\N{MINUS SIGN}"
 MAX_CHARACTERS_SHOWN = 900
 TOLD = {
-    "fail": "failed",
-    "inconclusive": "is inconclusive",
-    "not judged": "is not judged",
-    "not run": "has not run",
-    "unfinished": "is unfinished",
+    "fail": ("failed", "failed"),
+    "inconclusive": ("is inconclusive", "are inconclusive"),
+    "not judged": ("is not judged", "are not judged"),
+    "not run": ("has not run", "have not run"),
+    "unfinished": ("is unfinished", "are unfinished"),
 }
-ONES = ("No", "One", "Two", "Three", "Four")
+ONES = ("None", "One", "Two", "Three", "Four")
 
 
 def number(value: object) -> str:
@@ -33,6 +33,16 @@ def number(value: object) -> str:
         return (f"{mantissa}e{int(exponent)}" if exponent else mantissa).replace("-", MINUS)
     decimals = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
     return f"{value:.{decimals}f}".replace("-", MINUS)
+
+
+def plain(value: float) -> str:
+    """Return a number as it stands in a file of thresholds: 0.8, 2.66, 1e-4."""
+    return f"{value:.4g}".replace("-", MINUS)
+
+
+def money(value: float) -> str:
+    """Return an amount of money with two decimals."""
+    return f"{value:,.2f}"
 
 
 def count(value: object) -> str:
@@ -103,9 +113,21 @@ def prompt(value: Any) -> str:
 
 def headline(standings: Sequence[tuple[str, str]]) -> str:
     """Say in one sentence how many gates let their model pass; takes (stage, word)."""
-    passed = sum(word == "pass" for _, word in standings)
-    if passed == len(GATED_STAGES):
+    groups: dict[str, list[str]] = {}
+    for stage, word in standings:
+        groups.setdefault(word, []).append(stage)
+    num_passed = len(groups.pop("pass", ()))
+    if num_passed == len(GATED_STAGES):
         return "All four stages passed their gates."
-    first = f"{ONES[passed]} of four stages passed {'its gate' if passed == 1 else 'their gates'}"
-    rest = [f"{stage} {TOLD.get(word, word)}" for stage, word in standings if word != "pass"]
-    return f"{first}; {', '.join(rest)}."
+    if set(groups) == {"not run"} and not num_passed:
+        return "No stage has been trained yet."
+    whose = "its gate" if num_passed == 1 else "their gates"
+    told = [_told(stages, word) for word, stages in groups.items()]
+    return f"{ONES[num_passed]} of four stages passed {whose}; {', '.join(told)}."
+
+
+def _told(stages: Sequence[str], word: str) -> str:
+    one, several = TOLD.get(word, (word, word))
+    if len(stages) == 1:
+        return f"{stages[0]} {one}"
+    return f"{', '.join(stages[:-1])} and {stages[-1]} {several}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from sevenfold.base import storage
 from sevenfold.base.records import STAGES, Run
-from sevenfold.verify import charts, intervals, lineage
+from sevenfold.verify import charts, intervals, lineage, report_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ def check(values: Mapping[str, Any]) -> dict[str, Any]:
             threshold=threshold,
             at_least=at_least,
             include_zero=bool(compared),
-            write="{:.4g}".format,
+            write=report_text.plain,
         )
     result = str(values.get("result", "none"))
     return {

@@ -367,6 +367,14 @@ def test_samples_stand_side_by_side_for_the_same_prompt(example):
     ]
 
 
+def test_a_fold_opens_where_no_prompt_was_put_to_two_stages(tmp_path):
+    run = start_run(tmp_path / "run")
+    samples = [{"prompt": f"p{n}", "answer": "a"} for n in range(15)]
+    storage.write_json(run.stage("sft") / "evaluation.json", {"samples": samples})
+    described = report.describe(run)["samples"]
+    assert (len(described["rows"]), len(described["more"])) == (12, 3)
+
+
 def test_prompts_asked_of_one_stage_only_come_last_and_many_fold_away(tmp_path):
     run = start_run(tmp_path / "run")
     own = [{"prompt": f"only {n}", "answer": "a", "expected": f"gold {n}"} for n in range(20)]
@@ -377,7 +385,8 @@ def test_prompts_asked_of_one_stage_only_come_last_and_many_fold_away(tmp_path):
     assert samples["rows"][0]["answers"] == [(1, "sft", ""), (2, "dpo", "")]
     assert len(samples["rows"]) + len(samples["more"]) == 21
     text = words(page_of(run)[0].text)
-    assert "9 more" in text
+    assert [row["prompt"] for row in samples["rows"]] == ["both"]
+    assert "20 more" in text
     assert "Expected: gold 19" in text
     assert "empty answer" in text
 
@@ -404,7 +413,17 @@ def test_devices_hours_and_cost_are_shown_and_added_up(tmp_path):
         run.write_record(stage, run.record(stage) | gpu)
     text = words(page_of(run)[0].text)
     assert "8 \N{MULTIPLICATION SIGN} NVIDIA H100" in text
-    assert re.search(r"\ball .* 5\.000 14\.50 ", text)
+    assert re.search(r"\ball .* 5\.000 14\.50 Lineage", text)
+
+
+def test_a_long_list_of_events_is_cut_with_a_note(tmp_path):
+    run = start_run(tmp_path / "run")
+    events = [{"step": n, "event": "skip", "loss": None} for n in range(1, 61)]
+    write_stage(run, "pretrain", {}, events=events)
+    text = words(page_of(run)[0].text)
+    assert "step skipped (60)" in text
+    assert text.count("loss not finite") == 12
+    assert "and 48 more in pretrain/metrics.jsonl" in text
 
 
 def test_events_are_listed(page):
@@ -684,3 +703,26 @@ def test_numbers_are_written_for_people(value, shown):
 )
 def test_durations_are_written_for_people(seconds, shown):
     assert report_text.duration(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("pass pass pass pass", "All four stages passed their gates."),
+        ("not_run not_run not_run not_run", "No stage has been trained yet."),
+        (
+            "pass not_judged unfinished not_run",
+            "One of four stages passed its gate; sft is not judged, dpo is unfinished, lora has "
+            "not run.",
+        ),
+        (
+            "fail not_run not_run not_run",
+            "None of four stages passed their gates; pretrain failed, sft, dpo and lora have not "
+            "run.",
+        ),
+    ],
+)
+def test_the_headline_says_who_passed_and_what_became_of_the_others(given, told):
+    given_words = [word.replace("_", " ") for word in given.split()]
+    stages = zip(records.GATED_STAGES, given_words, strict=True)
+    assert report_text.headline(list(stages)) == told
