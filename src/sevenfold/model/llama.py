@@ -42,6 +42,7 @@ TOKENIZER_FILES = (
 MAX_SHARD_SIZE = "5GB"
 # How far the untrained loss may be from ln(vocab_size), as a share of it.
 LOSS_TOLERANCE = 0.05
+CHECKED_LOGITS = 2**21
 
 
 def initialize(
@@ -293,8 +294,10 @@ def check_start(model: LlamaForCausalLM, seed: int) -> StartCheck:
     """
     config = model.config
     length = min(32, config.max_position_embeddings)
+    # As many rows as cost little: the 7B's head alone takes seconds a row on a CPU.
+    rows = max(2, CHECKED_LOGITS // (config.vocab_size * length))
     ids_bt = torch.randint(
-        config.vocab_size, (2, length), generator=named_generator(seed, "check_start")
+        config.vocab_size, (rows, length), generator=named_generator(seed, "check_start")
     ).to(model.device)
     model.eval()
     logits_btv = model(input_ids=ids_bt, use_cache=False).logits.float()

@@ -115,7 +115,8 @@ def test_a_model_that_sees_the_future_is_refused(tiny: ModelConfig, init: InitCo
     forward = model.model.forward
 
     def leaking(**inputs: Any) -> Any:
-        mask_btt = torch.ones(2, 1, 32, 32, dtype=torch.bool)
+        num_rows, length = inputs["input_ids"].shape
+        mask_btt = torch.ones(num_rows, 1, length, length, dtype=torch.bool)
         return forward(**{**inputs, "attention_mask": mask_btt})
 
     model.model.forward = leaking
