@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sevenfold import __version__
 from sevenfold.base import storage
 from sevenfold.base.config import fingerprint
 from sevenfold.base.errors import GateRefusedError, UsageError, nearest
@@ -117,7 +118,6 @@ def write_run(folder: Path, *, preset: str, recipe: Mapping[str, Any]) -> Run:
 
 def code_version() -> str:
     """Return the package version, and the git commit where the code is a checkout."""
-    version = importlib.metadata.version("sevenfold")
     try:
         answer = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
@@ -128,8 +128,8 @@ def code_version() -> str:
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
-        return version
-    return f"{version}+{answer.stdout.strip()}" if answer.returncode == 0 else version
+        return __version__
+    return f"{__version__}+{answer.stdout.strip()}" if answer.returncode == 0 else __version__
 
 
 def package_versions() -> dict[str, str]:
@@ -172,9 +172,7 @@ def open_promoted(run: Run, stage: str, *, force: str | None = None) -> Source:
     refusal = _refusal(run, stage, found)
     if refusal and force is None:
         raise GateRefusedError(f'{refusal}; to go on all the same, add --force "reason"')
-    return Source(
-        folder=folder, fingerprint=found, stage=stage, forced=force if refusal else None
-    )
+    return Source(folder=folder, fingerprint=found, stage=stage, forced=force if refusal else None)
 
 
 def _refusal(run: Run, stage: str, found: str) -> str | None:
