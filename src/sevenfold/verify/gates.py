@@ -351,9 +351,8 @@ def _decide(check: Check, kind: Kind, measured: Estimate, confidence: float) -> 
         return "pass", f"{interval} is on the right side of {threshold:g}"
     if fails:
         return "fail", f"{interval} is on the wrong side of {threshold:g}"
-    needed = samples_needed(kind, measured, threshold, confidence=confidence)
-    if check.not_worse_than and measured.value is not None:
-        needed = samples_needed("mean", measured, threshold, confidence=confidence)
+    sampled: Kind = "mean" if check.not_worse_than else kind
+    needed = samples_needed(sampled, measured, threshold, confidence=confidence)
     if needed is None:
         return "inconclusive", f"{interval} contains {threshold:g}; no number of samples decides"
     return (

@@ -147,12 +147,13 @@ def _resampled_sums(columns: Array, seed: int) -> Array:
 def _bounds(resampled: Array, n: int, confidence: float) -> tuple[float, float]:
     """Return the percentile interval, widened for small ``n`` as Student's t is.
 
-    One sample says nothing about its spread: the interval is then infinite.
+    One sample says nothing about its spread: the interval is then infinite, as it is where some
+    resample has no value.
 
     Source:
         Hesterberg 2015, "expanded percentile"; the t quantile by its Cornish-Fisher series.
     """
-    if n < 2:
+    if n < 2 or not np.isfinite(resampled).all():
         return -math.inf, math.inf
     z, free = NormalDist().inv_cdf(0.5 + confidence / 2), n - 1
     t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
@@ -175,7 +176,8 @@ def samples_needed(
     if kind == "proportion":
         return _proportion_needed(value, threshold, confidence)
     bound = low if value > threshold else high
-    return math.ceil(measured.n * ((value - bound) / (value - threshold)) ** 2)
+    factor = ((value - bound) / (value - threshold)) ** 2
+    return math.ceil(measured.n * factor - 1e-6)
 
 
 def _proportion_needed(value: float, threshold: float, confidence: float) -> int | None:

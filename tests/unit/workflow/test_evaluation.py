@@ -1,0 +1,382 @@
+"""Steps 11 and 12 on a tiny run: what they write, when they do nothing, what they refuse."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from sevenfold.base import storage
+from sevenfold.base.errors import BadDataError, GateRefusedError, UsageError
+from sevenfold.base.records import Run, open_promoted
+from sevenfold.data.tokenizer import TokenizerConfig, train_tokenizer
+from sevenfold.model.llama import load_model, save_model
+from sevenfold.model.lora import LoRAAdapterConfig, add_adapter, merge_adapter, save_adapter
+from sevenfold.verify.config import EvaluateConfig, TaskConfig
+from sevenfold.workflow import evaluation
+from sevenfold.workflow.evaluation import check_stage, evaluate_stage
+from sevenfold.workflow.recipe import Recipe
+
+VOCAB = 320
+TASKS = (
+    TaskConfig(name="validation", kind="text"),
+    TaskConfig(name="village_statements", kind="choice"),
+    TaskConfig(name="village_facts", kind="exact"),
+    TaskConfig(name="village_safety", kind="safety"),
+)
+GATES = """
+confidence: 0.95
+demo:
+  pretrain:
+    - metric: village_statements
+      min: 0.0
+      min_samples: 10
+    - metric: bits_per_byte
+      max: 1000
+      min_samples: 5
+  sft:
+    - metric: village_statements
+      not_worse_than: pretrain
+      margin: 0.2
+      min_samples: 10
+  dpo:
+    - metric: refusal_rate
+      min: 0.8
+      min_samples: 5
+  lora:
+    - metric: adapter_off_change
+      max: 0.0
+      min_samples: 100
+    - metric: merge_error
+      max: 1.0e-4
+      min_samples: 100
+"""
+
+
+def recipe(tasks: tuple[TaskConfig, ...] = TASKS) -> Recipe:
+    """The one part of a recipe that these steps read."""
+    settings = EvaluateConfig(
+        tasks=tasks, confidence=0.95, seed=1, max_new_tokens=6, sample_prompts=("Who is Tom?",)
+    )
+    return cast("Recipe", types.SimpleNamespace(evaluate=settings))
+
+
+def random_model(seed: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def finish(run: Run, stage: str, seed: int) -> None:
+    """Write a stage as training leaves it: model and record."""
+    save_model(random_model(seed), run.tokenizer, run.model(stage), torch.float32)
+    found = storage.read_manifest(run.model(stage))["fingerprint"]
+    run.write_record(stage, {"stage": stage, "fingerprint": found, "external": False})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with data and two stages that have been trained and measured."""
+    run = Run(folder=tmp_path_factory.mktemp("made") / "run", facts={"preset": "demo"})
+    texts = ["The red lamp is on the table.", "Tom has a red hat. Who has a hat?"] * 3
+    config = TokenizerConfig(vocab_size=VOCAB, path=None, max_digits=1, sample_characters=10_000)
+    with storage.new_folder(run.tokenizer, kind="tokenizer") as folder:
+        train_tokenizer(texts, config).save_pretrained(folder)
+    ask = [{"role": "user", "content": "Who?"}]
+    tasks = {
+        "village_statements": [
+            {"id": f"s{i}", "prompt": "Tom has", "choices": [" a hat.", f" {i}."], "gold": 0}
+            for i in range(12)
+        ],
+        "village_facts": [
+            {"id": f"f{i}", "messages": ask, "answer": f"Tom {i}."} for i in range(3)
+        ],
+        "village_safety": [
+            {"id": f"u{i}", "prompt": f"Burn {i}?", "unsafe": i % 2 == 0} for i in range(12)
+        ],
+    }
+    for task, rows in tasks.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        storage.write_text(run.data("raw") / "evaluation" / f"{task}.jsonl", lines)
+    documents = [
+        {"id": f"d{i}", "text": f"Tom has {i} hats.", "source": "village", "entropy_nats": 3.0}
+        for i in range(6)
+    ]
+    with storage.new_folder(run.data("clean"), kind="clean") as folder:
+        lines = "".join(json.dumps(row) + "\n" for row in documents)
+        storage.write_text(folder / "validation-00000.jsonl", lines)
+    with storage.new_folder(run.data("packed"), kind="packed") as folder:
+        np.save(folder / "train-00000.npy", np.arange(VOCAB, dtype=np.int64).reshape(-1, 32))
+    for seed, stage in enumerate(("pretrain", "sft", "dpo")):
+        finish(run, stage, seed)
+    for stage in ("pretrain", "sft"):
+        evaluate_stage(run, recipe(), stage)
+    return run.folder
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Run:
+    """A copy that a test may spoil."""
+    folder = tmp_path / "run"
+    shutil.copytree(made, folder)
+    return Run(folder=folder, facts={"preset": "demo"})
+
+
+@pytest.fixture
+def gates_file(tmp_path: Path) -> Path:
+    path = tmp_path / "promotion_gates.yaml"
+    path.write_text(GATES, encoding="utf-8")
+    return path
+
+
+def test_an_evaluation_says_what_was_measured_on_what(run: Run) -> None:
+    found = storage.read_json(run.stage("sft") / "evaluation.json")
+    manifest = storage.read_manifest(run.model("sft"))
+    assert (found["stage"], found["fingerprint"]) == ("sft", manifest["fingerprint"])
+    assert found["tokenizer_fingerprint"]
+    assert set(found["data"]) == {task.name for task in TASKS}
+    assert {"perplexity", "village_statements", "village_facts", "endless_rate"} < set(
+        found["metrics"]
+    )
+    facts = found["metrics"]["village_statements"]
+    assert set(facts) >= {"value", "low", "high", "n", "kind", "confidence", "seconds", "better"}
+    assert found["samples"][0]["prompt"] == "Who is Tom?"
+    lines = (run.stage("sft") / "evaluation_items.jsonl").read_text().splitlines()
+    assert len(lines) == 6 + 12 + 3 + 12
+    evidence = run.record("sft")["evidence"]
+    assert evidence["items_sha256"] == storage.sha256_file(
+        run.stage("sft") / "evaluation_items.jsonl"
+    )
+    assert storage.read_json(run.stage("pretrain") / "evaluation.json")["data"].keys() == {
+        "validation",
+        "village_statements",
+    }
+
+
+def test_measuring_again_does_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (run.stage("sft") / "evaluation.json").read_bytes()
+    monkeypatch.setattr(evaluation, "_measure", lambda *_: pytest.fail("measured again"))
+    found = evaluate_stage(run, recipe(), "sft")
+    assert found == json.loads(before)
+    assert (run.stage("sft") / "evaluation.json").read_bytes() == before
+
+
+def _other_items(run: Run) -> None:
+    path = run.data("raw") / "evaluation" / "village_statements.jsonl"
+    path.write_text(path.read_text().replace("Tom has", "Ann has"))
+
+
+def _other_model(run: Run) -> None:
+    finish(run, "sft", seed=9)
+
+
+def _edited_metric(run: Run) -> None:
+    path = run.stage("sft") / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    evaluation["metrics"]["village_statements"] |= {"value": 1.0, "low": 0.99, "high": 1.0}
+    path.write_text(json.dumps(evaluation))
+
+
+def _edited_items(run: Run) -> None:
+    path = run.stage("sft") / "evaluation_items.jsonl"
+    path.write_text(
+        path.read_text().replace('"village_statements": 0.0', '"village_statements": 1.0')
+    )
+
+
+def _no_evaluation(run: Run) -> None:
+    (run.stage("sft") / "evaluation.json").unlink()
+
+
+def _another_stages_evaluation(run: Run) -> None:
+    for name in ("evaluation.json", "evaluation_items.jsonl"):
+        shutil.copy(run.stage("pretrain") / name, run.stage("sft") / name)
+
+
+def _another_stages_evidence(run: Run) -> None:
+    _another_stages_evaluation(run)
+    record = {**run.record("sft"), "evidence": run.record("pretrain")["evidence"]}
+    run.write_record("sft", record)
+
+
+CHANGES: list[tuple[Callable[[Run], None], str]] = [
+    (_other_items, "stale: the items of village_statements have changed"),
+    (_other_model, "edited: evaluation.json is not the file whose SHA-256 is in record.json"),
+    (_edited_metric, "edited: evaluation.json is not the file whose SHA-256 is in record.json"),
+    (_edited_items, "edited: evaluation_items.jsonl is not the file whose SHA-256"),
+    (_no_evaluation, "missing: sft has not been measured; run scripts/11_evaluate.py sft"),
+    (_another_stages_evaluation, "edited: evaluation.json"),
+    (_another_stages_evidence, "stale: evaluation.json was measured with another fingerprint"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), CHANGES)
+def test_evidence_that_does_not_belong_is_refused_and_measured_anew(
+    run: Run, gates_file: Path, change: Callable[[Run], None], reason: str
+) -> None:
+    change(run)
+    with pytest.raises(GateRefusedError) as caught:
+        check_stage(run, recipe(), "sft", gates_file)
+    assert reason in str(caught.value)
+    verdict = storage.read_json(run.stage("sft") / "verdict.json")
+    assert verdict["promoted"] is False
+    assert verdict["checks"][0]["result"] == "fail"
+    before = run.record("sft")["evidence"].get("evaluation_sha256")
+    evaluate_stage(run, recipe(), "sft")
+    evaluate_stage(run, recipe(), "pretrain")
+    assert run.record("sft")["evidence"]["evaluation_sha256"] != before or change is _no_evaluation
+    # Measured anew, the random model may pass or not: but never again for this reason.
+    with contextlib.suppress(GateRefusedError):
+        check_stage(run, recipe(), "sft", gates_file)
+    check = storage.read_json(run.stage("sft") / "verdict.json")["checks"][0]
+    assert reason not in check["why"]
+    assert check["n"] == 12
+
+
+def test_other_settings_are_measured_anew(run: Run) -> None:
+    before = storage.read_json(run.stage("sft") / "evaluation.json")
+    fewer = (*TASKS[:1], TaskConfig(name="village_statements", kind="choice", max_items=5))
+    after = evaluate_stage(run, recipe(fewer), "sft")
+    assert after["metrics"]["village_statements"]["n"] == 5
+    assert after["config_fingerprint"] != before["config_fingerprint"]
+
+
+def test_a_promoted_model_opens_the_next_stage(run: Run, gates_file: Path) -> None:
+    with pytest.raises(GateRefusedError, match="has not been judged"):
+        open_promoted(run, "pretrain")
+    verdict = check_stage(run, recipe(), "pretrain", gates_file)
+    assert verdict["promoted"] is True
+    assert [check["result"] for check in verdict["checks"]] == ["pass", "pass"]
+    assert open_promoted(run, "pretrain").fingerprint == verdict["fingerprint"]
+
+
+def test_the_same_verdict_twice_byte_for_byte(run: Run, gates_file: Path) -> None:
+    path = run.stage("pretrain") / "verdict.json"
+    check_stage(run, recipe(), "pretrain", gates_file)
+    first = path.read_bytes()
+    check_stage(run, recipe(), "pretrain", gates_file)
+    assert path.read_bytes() == first
+
+
+def test_an_edited_verdict_opens_nothing(run: Run, gates_file: Path) -> None:
+    with pytest.raises(GateRefusedError):
+        check_stage(run, recipe(), "sft", gates_file)
+    path = run.stage("sft") / "verdict.json"
+    path.write_text(path.read_text().replace('"promoted": false', '"promoted": true'))
+    with pytest.raises(GateRefusedError, match="the verdict was changed after the gate wrote it"):
+        open_promoted(run, "sft")
+
+
+def test_a_refusal_names_every_check_that_does_not_pass(run: Run, gates_file: Path) -> None:
+    evaluate_stage(run, recipe(), "dpo")
+    with pytest.raises(GateRefusedError) as caught:
+        check_stage(run, recipe(), "dpo", gates_file)
+    assert caught.value.exit_code == 3
+    assert "dpo is not promoted: refusal_rate fail (the interval 0 to 0.39" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_comparison_needs_the_earlier_stages_evidence(run: Run, gates_file: Path) -> None:
+    path = run.stage("pretrain") / "evaluation_items.jsonl"
+    path.write_text(path.read_text() + "{}\n")
+    with pytest.raises(GateRefusedError, match="pretrain: edited: evaluation_items.jsonl"):
+        check_stage(run, recipe(), "sft", gates_file)
+
+
+def test_changed_weights_are_noticed(run: Run, gates_file: Path) -> None:
+    path = next(run.model("sft").glob("*.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BadDataError, match="its SHA-256 is not the manifest's"):
+        evaluate_stage(run, recipe(), "sft")
+    with pytest.raises(BadDataError, match="its SHA-256 is not the manifest's"):
+        check_stage(run, recipe(), "sft", gates_file)
+
+
+def test_unfinished_stages_and_missing_files_are_named(run: Run, gates_file: Path) -> None:
+    with pytest.raises(UsageError, match="lora has not finished yet; run scripts/10_lora.py first"):
+        evaluate_stage(run, recipe(), "lora")
+    with pytest.raises(UsageError, match="lora has not finished yet; run scripts/10_lora.py first"):
+        check_stage(run, recipe(), "lora", gates_file)
+    task = run.data("raw") / "evaluation" / "village_facts.jsonl"
+    task.unlink()
+    with pytest.raises(UsageError, match=r"village_facts.jsonl: no such file; run scripts/01"):
+        evaluate_stage(run, recipe(), "sft")
+    away = (TaskConfig(name="arc", kind="choice", path="nowhere/arc.jsonl"),)
+    with pytest.raises(UsageError, match="nowhere/arc.jsonl: no such file; task 'arc' needs"):
+        evaluate_stage(run, recipe(away), "sft")
+    chat_only = (TaskConfig(name="village_safety", kind="safety"),)
+    with pytest.raises(UsageError, match="holds no task for stage pretrain; add one"):
+        evaluate_stage(run, recipe(chat_only), "pretrain")
+    shutil.rmtree(run.data("clean"))
+    with pytest.raises(UsageError, match="no held-out documents; run scripts/02_clean_data.py"):
+        evaluate_stage(run, recipe(TASKS[:1]), "sft")
+
+
+def test_a_misspelt_metric_is_refused_before_anything_is_judged(run: Run, gates_file: Path) -> None:
+    gates_file.write_text(GATES.replace("metric: refusal_rate", "metric: refusal_rat"))
+    with pytest.raises(UsageError, match=r"dpo: metric 'refusal_rat' .* mean 'refusal_rate'"):
+        check_stage(run, recipe(), "pretrain", gates_file)
+    assert not (run.stage("pretrain") / "verdict.json").exists()
+
+
+def add_lora(run: Run, *, merge: bool) -> None:
+    """Write a trained adapter over the dpo model, with a merged model that is right or is not."""
+    settings = LoRAAdapterConfig(r=2, alpha=4.0, dropout=0.0, targets="all-linear")
+    base = storage.read_manifest(run.model("dpo"))["fingerprint"]
+    adapted = add_adapter(load_model(run.model("dpo")), settings)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.01)
+    save_adapter(adapted, run.stage("lora") / "adapter", base="dpo/model", base_fingerprint=base)
+    merged = merge_adapter(adapted) if merge else load_model(run.model("dpo"))
+    save_model(merged, run.tokenizer, run.model("lora"), torch.float32)
+    run.write_record("lora", {"stage": "lora", "external": False})
+
+
+def test_an_adapter_is_judged_off_and_merged(run: Run, gates_file: Path) -> None:
+    add_lora(run, merge=True)
+    metrics = evaluate_stage(run, recipe(), "lora")["metrics"]
+    assert metrics["adapter_off_change"]["value"] == 0.0
+    assert 0 < metrics["merge_error"]["value"] < 1e-4
+    assert metrics["merge_error"]["n"] > 1000
+    assert check_stage(run, recipe(), "lora", gates_file)["promoted"] is True
+
+
+def test_a_merged_model_without_its_adapter_fails(run: Run, gates_file: Path) -> None:
+    add_lora(run, merge=False)
+    evaluate_stage(run, recipe(), "lora")
+    with pytest.raises(GateRefusedError, match="lora is not promoted: merge_error fail"):
+        check_stage(run, recipe(), "lora", gates_file)
+
+
+def test_the_shipped_gate_file_knows_every_preset() -> None:
+    from sevenfold.verify.gates import read_gates
+    from sevenfold.workflow.recipe import configs_folder
+
+    found = read_gates(configs_folder() / "promotion_gates.yaml")
+    assert set(found.sections) == {"demo", "small", "7b", "custom"}
+    for section in found.sections.values():
+        assert set(section) == {"pretrain", "sft", "dpo", "lora"}
