@@ -40,7 +40,9 @@ class _StrictLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.events.AliasEvent):
             event = self.peek_event()
-            raise UsageError(f"{_mark(event.start_mark)}: aliases are not read; write the value out")
+            raise UsageError(
+                f"{_mark(event.start_mark)}: aliases are not read; write the value out"
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -60,7 +62,11 @@ for _tag, _pattern, _first in (
     ("bool", r"^(?:true|false)$", "tf"),
     ("null", r"^(?:null|~|)$", ["n", "~", ""]),
     ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", "-+0123456789"),
-    ("float", r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$", "-+.0123456789"),
+    (
+        "float",
+        r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$",
+        "-+.0123456789",
+    ),
     ("float", r"^(?:[-+]?\.(?:inf|Inf)|\.(?:nan|NaN))$", "-+."),
 ):
     _StrictLoader.add_implicit_resolver(
@@ -177,7 +183,9 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     try:
         return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
+        problems = error.errors(include_url=False)
+        # A misspelt key is also a missing one; the misspelling is what helps.
+        problem = next((p for p in problems if p["type"] in _UNKNOWN_KEY), problems[0])
         location = tuple(part for part in problem["loc"] if not _is_union_member(part))
         line = next(
             (lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in lines),
@@ -185,7 +193,7 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
         )
         field = ".".join(map(str, location))
         where = f"{path}:{line}:{field}" if line else f"{path}:{field}"
-        if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        if problem["type"] in _UNKNOWN_KEY:
             advice = nearest(str(location[-1]), _known_keys(cls, location[:-1]))
             raise UsageError(f"{where}: unknown key{advice}") from None
         if problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
@@ -200,6 +208,7 @@ def _is_union_member(part: int | str) -> bool:
     return isinstance(part, str) and (part[:1].isupper() or "[" in part or part in _SCALARS)
 
 
+_UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 _SCALARS = {"int", "float", "str", "bool", "none"}
 
 
@@ -212,8 +221,11 @@ def _known_keys(cls: Any, location: Sequence[Any]) -> list[str]:
         else:
             cls = next(iter(typing.get_args(cls)), None)
         if typing.get_origin(cls) in (typing.Union, types.UnionType):
-            cls = next((a for a in typing.get_args(cls) if dataclasses.is_dataclass(a)), cls)
-    return [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+            members = [member for member in typing.get_args(cls) if member is not types.NoneType]
+            cls = next((m for m in members if dataclasses.is_dataclass(m)), members[0])
+    if not dataclasses.is_dataclass(cls):
+        return []
+    return [field.name for field in dataclasses.fields(cls)]
 
 
 def to_plain(value: Any) -> Any:

@@ -1,0 +1,166 @@
+"""Strict YAML, overrides, and validation whose messages name file, line and field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field
+
+from sevenfold.base.config import (
+    MAX_YAML_BYTES,
+    build,
+    configuration,
+    fingerprint,
+    override,
+    read_yaml,
+    to_plain,
+)
+from sevenfold.base.errors import UsageError
+
+
+@configuration
+class Inner:
+    kind: Literal["cosine", "wsd"]
+    peak_lr: Annotated[float, Field(gt=0)]
+
+    def __post_init__(self) -> None:
+        if self.peak_lr > 1:
+            raise ValueError("peak_lr above 1 diverges; take 1e-2 or less")
+
+
+@configuration
+class Outer:
+    steps: int
+    inner: Inner
+    parts: tuple[Inner, ...] = ()
+    by_name: dict[str, Inner] | None = None
+    note: str | None = None
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_yaml_1_2_scalars(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        "a: 3e-4\nb: no\nc: 017\nd: 1:30\ne: true\nf: null\ng: -2\nh: .5\ni: 'x'\nj: 0x10\n",
+    )
+    expected = {"a": 3e-4, "b": "no", "c": "017", "d": "1:30", "e": True, "f": None}
+    expected |= {"g": -2, "h": 0.5, "i": "x", "j": "0x10"}
+    assert read_yaml(path) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &x 1\nb: *x\n", r"recipe.yaml:2:4: aliases are not read; write the value out"),
+        ("a: 1\na: 2\n", r"recipe.yaml:2:1: key 'a' stands twice; keep one of them"),
+        ("a: .nan\n", r"recipe.yaml:1:a: nan is not a finite number"),
+        ("a:\n  b:\n    - .inf\n", r"recipe.yaml:3:a.b.0: inf is not a finite number"),
+        ("- a\n", r"recipe.yaml: expected 'key: value' lines at the top level"),
+        ("", r"recipe.yaml: expected 'key: value' lines at the top level"),
+        ("a: [1\n", r"recipe.yaml: not readable as YAML: .*line 2"),
+        ("a: !!python/object:os.system x\n", r"recipe.yaml: not readable as YAML: .*could not"),
+        ("a: 1\n" + "#" * MAX_YAML_BYTES, r"a configuration has at most 1 MB"),
+    ],
+)
+def test_yaml_that_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        read_yaml(written(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"none\.yaml: no such file; name an existing YAML file"):
+        read_yaml(tmp_path / "none.yaml")
+
+
+VALID = """steps: 10
+inner:
+  kind: cosine
+  peak_lr: 3e-4
+"""
+
+
+def test_build_makes_frozen_dataclasses(tmp_path: Path) -> None:
+    built = build(Outer, read_yaml(written(tmp_path, VALID)))
+    assert built == Outer(steps=10, inner=Inner(kind="cosine", peak_lr=3e-4))
+    with pytest.raises(AttributeError):
+        built.steps = 11  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "peak_lr: 3e-4",
+            "peek_lr: 3e-4",
+            r":4:inner.peek_lr: unknown key; did you mean 'peak_lr'\?",
+        ),
+        ("steps: 10\n", "", r":inner.*|steps: missing; this key has no default"),
+        ("steps: 10", "steps: ten", r":1:steps: found \"ten\"; input should be a valid integer"),
+        ("steps: 10", "steps: 1.5", r":1:steps: found 1.5; input should be a valid int"),
+        (
+            "kind: cosine",
+            "kind: linear",
+            r":3:inner.kind: found \"linear\"; input should be 'cosine'",
+        ),
+        ("3e-4", "0", r":4:inner.peak_lr: found 0; input should be greater than 0"),
+        ("3e-4", "3", r":2:inner: found .*; peak_lr above 1 diverges; take 1e-2 or less"),
+        ("steps: 10", "steps: 10\nparts: [{kind: wsd}]", r":2:parts.0.peak_lr: missing"),
+        (
+            "steps: 10",
+            "steps: 10\nby_name: {a: {kind: wsd, peak_lr: 1, x: 2}}",
+            r":2:by_name.a.x: unknown key; known: kind, peak_lr",
+        ),
+    ],
+)
+def test_wrong_values_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = written(tmp_path, VALID.replace(old, new))
+    with pytest.raises(UsageError, match=message) as caught:
+        build(Outer, read_yaml(path))
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_are_typed_and_nested(tmp_path: Path) -> None:
+    values = read_yaml(written(tmp_path, VALID))
+    changed = override(values, ["steps=20", "inner.peak_lr=1e-3", "note=two = words"])
+    built = build(Outer, changed)
+    assert (built.steps, built.inner.peak_lr, built.note) == (20, 1e-3, "two = words")
+    assert values["steps"] == 10
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("steps", r"--set steps: expected section.key=value"),
+        ("=3", r"--set =3: expected section.key=value"),
+        ("steps.more=3", r"'steps' is a value, not a section"),
+        ("steps=.inf", r"inf is not a finite number"),
+    ],
+)
+def test_wrong_overrides(tmp_path: Path, assignment: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        override(read_yaml(written(tmp_path, VALID)), [assignment])
+
+
+def test_an_overridden_key_is_not_blamed_on_a_line_of_the_file(tmp_path: Path) -> None:
+    values = override(read_yaml(written(tmp_path, VALID)), ["inner.peak_lr=0"])
+    with pytest.raises(UsageError, match=r"inner\.peak_lr: found 0") as caught:
+        build(Outer, values)
+    assert ":4:" not in str(caught.value)
+
+
+def test_plain_values_and_fingerprint() -> None:
+    first = Outer(steps=1, inner=Inner(kind="wsd", peak_lr=0.1), parts=())
+    assert to_plain(first)["inner"] == {"kind": "wsd", "peak_lr": 0.1}
+    assert to_plain((Path("a") / "b",)) == ["a/b"]
+    assert fingerprint(first) == fingerprint(to_plain(first))
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})

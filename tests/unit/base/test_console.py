@@ -1,0 +1,148 @@
+"""Plain output where nobody watches, and no death by a reader that went away."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from sevenfold.base import console
+
+ROW = {"step": 5, "tokens": 500, "loss": 2.5, "lr": 1e-3, "tok_s": 1234.5, "mfu": 0.413}
+
+
+@pytest.fixture
+def restored_logging() -> Iterator[None]:
+    root, package = logging.getLogger(), logging.getLogger("sevenfold")
+    before = (list(root.handlers), root.level, package.level)
+    yield
+    root.handlers[:], root.level = before[0], before[1]
+    package.setLevel(before[2])
+
+
+def test_lines_and_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_line("plain [bold]as it is[/bold]")
+    console.print_table("things", ["name", "value"], [["a", 1.23456], ["b", None], ["c", 7]])
+    printed = capsys.readouterr().out
+    assert printed.startswith("plain [bold]as it is[/bold]\nthings\n")
+    assert "1.235" in printed
+    assert "│ b    │ -" in printed
+
+
+def test_an_error_is_one_line_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_error("first\n  second")
+    assert capsys.readouterr() == ("", "error: first second\n")
+
+
+def test_a_step_is_described_from_what_its_row_has() -> None:
+    assert console.describe_step(ROW) == "loss 2.5000  lr 1.00e-03  1,234 tok/s  MFU 41.3%"
+    assert console.describe_step({"step": 1, "loss": None}) == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "0 s"), (59.6, "1:00"), (185, "3:05"), (7650, "2:07:30"), (-1, "0 s")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert console.duration(seconds) == text
+
+
+def test_progress_without_a_terminal_is_twenty_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.TrainingProgress("sft", num_steps=100) as progress:
+        for step in range(1, 101):
+            progress.update({**ROW, "step": step})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 20
+    assert lines[0].startswith("sft 5/100  loss 2.5000")
+    assert lines[0].endswith(" left")
+    assert lines[-1].startswith("sft 100/100")
+
+
+def test_progress_shows_the_last_held_out_loss_and_the_last_step(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with console.TrainingProgress("sft", num_steps=3, start_step=1) as progress:
+        progress.update({"step": 2, "validation_loss": 3.25})
+        progress.update({**ROW, "step": 3})
+    assert "held-out 3.2500" in capsys.readouterr().out
+
+
+def test_progress_of_other_processes_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.TrainingProgress("sft", num_steps=3, enabled=False) as progress:
+        progress.update(ROW)
+    assert capsys.readouterr().out == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_in_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with console.TrainingProgress("dpo", num_steps=10) as progress:
+        progress.update(ROW)
+        console.print_line("said meanwhile")
+    shown = terminal.getvalue()
+    assert "━" in shown
+    assert "5/10" in shown
+    assert "said meanwhile\n" in shown
+
+
+def test_working_says_what_is_done(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.working("measuring"):
+        pass
+    assert capsys.readouterr().out == "measuring ...\n"
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_the_log_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        console.setup_logging(debug=False)
+    logging.getLogger("sevenfold.train").info("resuming")
+    logging.getLogger("elsewhere").info("chatter")
+    logging.getLogger("elsewhere").warning("careful")
+    assert capsys.readouterr() == ("", "resuming\nwarning: careful\n")
+    console.setup_logging(debug=True)
+    logging.getLogger("sevenfold.train").debug("detail")
+    assert "sevenfold.train: detail" in capsys.readouterr().err
+
+
+TALK = """
+from sevenfold.base import console
+for number in range(20000):
+    console.print_line(f"line {number}")
+console.print_raw("the end")
+console.detach_output()
+import sys
+sys.stderr.write("reached the end\\n")
+"""
+
+
+def test_a_reader_that_goes_away_stops_nothing() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", TALK], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "line 0\n"
+        process.stdout.close()
+        assert process.stderr.read() == "reached the end\n"
+    assert process.returncode == 0
+
+
+def test_a_closed_standard_output_stops_nothing() -> None:
+    command = [sys.executable, "-c", TALK]
+    answer = subprocess.run(
+        command, stderr=subprocess.PIPE, text=True, check=False, preexec_fn=lambda: os.close(1)
+    )
+    assert (answer.returncode, answer.stderr) == (0, "reached the end\n")

@@ -1,0 +1,117 @@
+"""A run on disk, and the door that opens promoted models only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sevenfold.base import records, storage
+from sevenfold.base.errors import BadDataError, GateRefusedError, UsageError
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> records.Run:
+    return records.write_run(tmp_path / "run", preset="demo", recipe={"seed": 1})
+
+
+def finish(run: records.Run, stage: str, weights: str = "weights") -> str:
+    with storage.new_folder(run.model(stage), kind="model") as folder:
+        (folder / "model.safetensors").write_text(weights)
+    run.write_record(stage, {"stage": stage})
+    return str(storage.read_manifest(run.model(stage))["fingerprint"])
+
+
+def judge(run: records.Run, stage: str, verdict: dict[str, Any]) -> None:
+    path = run.stage(stage) / "verdict.json"
+    storage.write_json(path, verdict)
+    evidence = {"verdict_sha256": storage.sha256_file(path)}
+    run.write_record(stage, {"stage": stage, "evidence": evidence})
+
+
+def test_a_run_is_written_and_opened(run: records.Run) -> None:
+    opened = records.open_run(run.folder)
+    assert (opened.preset, opened.recipe) == ("demo", {"seed": 1})
+    assert opened.facts["versions"]["torch"]
+    assert opened.facts["code"].startswith("0.")
+    assert opened.data("clean") == run.folder / "data" / "clean"
+    assert opened.tokenizer == run.folder / "tokenizer"
+
+
+def test_changed_settings_keep_the_birthday(run: records.Run) -> None:
+    again = records.write_run(run.folder, preset="demo", recipe={"seed": 2})
+    assert again.facts["created_at_s"] == run.facts["created_at_s"]
+    assert again.facts["fingerprint"] != run.facts["fingerprint"]
+
+
+def test_no_run_here(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no run here; name an existing one with --run"):
+        records.open_run(tmp_path)
+    (tmp_path / "run.json").write_text('{"preset": "demo"}')
+    with pytest.raises(UsageError, match="field 'recipe' is missing; this is not a run"):
+        records.open_run(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(BadDataError, match="not valid JSON"):
+        records.open_run(tmp_path)
+
+
+def test_an_unknown_stage_is_refused(run: records.Run) -> None:
+    with pytest.raises(
+        UsageError, match="stage 'pretrian' does not exist; did you mean 'pretrain'"
+    ):
+        run.stage("pretrian")
+
+
+def test_a_stage_that_has_not_finished_names_its_script(run: records.Run) -> None:
+    with pytest.raises(UsageError, match=r"sft has not finished yet; run scripts/07_sft\.py first"):
+        run.record("sft")
+    with pytest.raises(UsageError, match=r"run scripts/04_init_model\.py first"):
+        records.open_promoted(run, "init")
+
+
+def test_the_initial_model_needs_no_verdict(run: records.Run) -> None:
+    found = finish(run, "init")
+    source = records.open_promoted(run, "init")
+    assert (source.fingerprint, source.forced) == (found, None)
+
+
+def test_only_a_pass_for_these_bytes_opens(run: records.Run) -> None:
+    found = finish(run, "pretrain")
+    with pytest.raises(GateRefusedError, match=r"has not been judged; run scripts/11_evaluate\.py"):
+        records.open_promoted(run, "pretrain")
+    judge(run, "pretrain", {"fingerprint": "other", "promoted": True, "checks": []})
+    with pytest.raises(GateRefusedError, match=r"another model .*12_check_gates\.py pretrain"):
+        records.open_promoted(run, "pretrain")
+    checks = [{"metric": "perplexity", "result": "fail"}, {"metric": "x", "result": "pass"}]
+    judge(run, "pretrain", {"fingerprint": found, "promoted": False, "checks": checks})
+    with pytest.raises(GateRefusedError, match=r"not promoted \(perplexity fail\).*--force"):
+        records.open_promoted(run, "pretrain")
+    judge(run, "pretrain", {"fingerprint": found, "promoted": True, "checks": []})
+    assert records.open_promoted(run, "pretrain").forced is None
+
+
+def test_an_edited_verdict_is_refused(run: records.Run) -> None:
+    found = finish(run, "pretrain")
+    judge(run, "pretrain", {"fingerprint": found, "promoted": False, "checks": []})
+    path = run.stage("pretrain") / "verdict.json"
+    verdict = json.loads(path.read_text()) | {"promoted": True}
+    path.write_text(json.dumps(verdict))
+    with pytest.raises(GateRefusedError, match="verdict was changed after the gate wrote it; run"):
+        records.open_promoted(run, "pretrain")
+
+
+def test_a_changed_weight_is_noticed(run: records.Run) -> None:
+    found = finish(run, "pretrain")
+    judge(run, "pretrain", {"fingerprint": found, "promoted": True, "checks": []})
+    (run.model("pretrain") / "model.safetensors").write_text("weirdos")
+    with pytest.raises(BadDataError, match="SHA-256 is not the manifest's"):
+        records.open_promoted(run, "pretrain")
+
+
+def test_force_is_kept_where_it_was_needed_only(run: records.Run) -> None:
+    found = finish(run, "pretrain")
+    assert records.open_promoted(run, "pretrain", force="a test").forced == "a test"
+    judge(run, "pretrain", {"fingerprint": found, "promoted": True, "checks": []})
+    assert records.open_promoted(run, "pretrain", force="a test").forced is None

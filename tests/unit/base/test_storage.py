@@ -1,0 +1,255 @@
+"""Writes are whole or not at all; folders carry checksums; one process at a time per run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sevenfold.base import storage
+from sevenfold.base.errors import (
+    BadDataError,
+    CheckpointError,
+    RunInUseError,
+    SevenfoldError,
+    UsageError,
+)
+
+
+def make(folder: Path, text: str = "hello", **facts: Any) -> Path:
+    with storage.new_folder(folder, kind="thing", **facts) as new:
+        (new / "sub").mkdir()
+        (new / "sub" / "a.txt").write_text(text)
+    return folder
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    storage.write_json(path, {"x": 1})
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        storage.write_atomically(path, fail)
+    assert storage.read_json(path) == {"x": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_full_disk_is_explained(tmp_path: Path) -> None:
+    def full(temporary: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    message = r"could not be written \(No space left on device\).*GiB are free.*make room or choose"
+    with pytest.raises(SevenfoldError, match=message):
+        storage.write_atomically(tmp_path / "a", full)
+    with (
+        pytest.raises(SevenfoldError, match=message),
+        storage.new_folder(tmp_path / "b", kind="thing") as folder,
+    ):
+        full(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_is_strict_both_ways(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        storage.write_json(path, float("nan"))
+    for text, message in [
+        ('{"a": NaN}', "NaN is not JSON"),
+        ('{"a": 1, "a": 2}', "key 'a' stands twice"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(BadDataError, match=message):
+            storage.read_json(path)
+    with pytest.raises(CheckpointError, match=r"none\.json: no such file"):
+        storage.read_json(tmp_path / "none.json", CheckpointError)
+
+
+def test_a_new_folder_appears_whole_with_a_manifest(tmp_path: Path) -> None:
+    folder = make(tmp_path / "out", rows=3)
+    manifest = storage.verify_folder(folder)
+    assert (manifest["kind"], manifest["rows"]) == ("thing", 3)
+    assert [file["path"] for file in manifest["files"]] == ["sub/a.txt"]
+    assert manifest["files"][0]["bytes"] == 5
+    assert manifest["files"][0]["sha256"] == storage.sha256_file(folder / "sub" / "a.txt")
+
+
+def test_facts_may_be_added_while_the_folder_is_made(tmp_path: Path) -> None:
+    with storage.new_folder(tmp_path / "out", kind="thing", a=1) as folder:
+        storage.manifest_facts(folder, b=2)
+    manifest = storage.read_manifest(tmp_path / "out")
+    assert (manifest["a"], manifest["b"], manifest["files"]) == (1, 2, [])
+
+
+def test_a_failing_block_leaves_the_old_folder(tmp_path: Path) -> None:
+    folder = make(tmp_path / "out", "old")
+    before = storage.read_manifest(folder)["fingerprint"]
+
+    def fail() -> None:
+        with storage.new_folder(folder, kind="thing") as new:
+            (new / "half").write_text("x")
+            raise BadDataError("row 7 is bad")
+
+    with pytest.raises(BadDataError, match="row 7"):
+        fail()
+    assert storage.verify_folder(folder)["fingerprint"] == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_replacing_a_folder_changes_its_fingerprint(tmp_path: Path) -> None:
+    first = storage.read_manifest(make(tmp_path / "out", "one"))["fingerprint"]
+    assert storage.read_manifest(make(tmp_path / "out", "two"))["fingerprint"] != first
+
+
+def test_every_kind_of_damage_is_noticed(tmp_path: Path) -> None:
+    folder = make(tmp_path / "out")
+    file = folder / "sub" / "a.txt"
+    file.write_text("hallo")
+    with pytest.raises(BadDataError, match=r"a\.txt: its SHA-256 is not the manifest's"):
+        storage.verify_folder(folder)
+    file.write_text("longer")
+    with pytest.raises(BadDataError, match="6 bytes, the manifest says 5"):
+        storage.verify_folder(folder)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="missing; the manifest lists it with 5 bytes"):
+        storage.verify_folder(folder, CheckpointError)
+
+
+def test_a_manifest_cannot_be_edited_or_point_outside(tmp_path: Path) -> None:
+    folder = make(tmp_path / "out")
+    manifest = json.loads((folder / storage.MANIFEST).read_text())
+    manifest["files"][0]["sha256"] = "0" * 64
+    (folder / storage.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(BadDataError, match="fingerprint does not belong.*make it again"):
+        storage.read_manifest(folder)
+    manifest["files"][0]["path"] = "../secret"
+    manifest["fingerprint"] = storage._files_fingerprint(manifest["files"])
+    (folder / storage.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(BadDataError, match=r"\.\./secret lies outside the folder"):
+        storage.verify_folder(folder)
+
+
+def test_a_missing_folder_names_the_script_that_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"not complete; run scripts/02_clean_data\.py first"):
+        storage.read_manifest(tmp_path / "clean", made_by="scripts/02_clean_data.py")
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
+    make(tmp_path / "new")
+    (tmp_path / ".new.replaced").mkdir()
+    make(tmp_path / "old")
+    (tmp_path / "old").rename(tmp_path / ".old.replaced")
+    (tmp_path / ".x.partial-1").mkdir()
+    (tmp_path / ".y.partial-2").write_text("half")
+    storage.sweep(tmp_path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["new", "old"]
+    storage.verify_folder(tmp_path / "old")
+    storage.sweep(tmp_path / "nowhere")
+
+
+def test_files_and_folders_are_removed_and_moved(tmp_path: Path) -> None:
+    folder = make(tmp_path / "out")
+    storage.move_folder(folder, tmp_path / "kept")
+    storage.remove_folder(folder)
+    storage.remove_folder(tmp_path / "kept")
+    storage.write_text(tmp_path / "a", "x")
+    storage.remove_file(tmp_path / "a")
+    storage.remove_file(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arrays_come_back(tmp_path: Path) -> None:
+    array = np.arange(6, dtype=np.float32).reshape(3, 2)
+    storage.write_array(tmp_path / "a.npy", array)
+    assert np.array_equal(storage.read_array(tmp_path / "a.npy"), array)
+
+
+def test_json_lines_survive_a_half_written_line_and_rewind(tmp_path: Path) -> None:
+    lines = storage.JsonLines(tmp_path / "metrics.jsonl")
+    assert lines.read() == []
+    for step in range(4):
+        lines.append({"step": step, "loss": float("inf") if step == 1 else 1.5})
+    with lines.path.open("ab") as file:
+        file.write(b'{"step": 4, "lo')
+    assert [row["step"] for row in lines.read()] == [0, 1, 2, 3]
+    assert lines.read()[1]["loss"] is None
+    lines.rewind(2)
+    assert [row["step"] for row in lines.read()] == [0, 1, 2]
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from sevenfold.base import storage
+with storage.lock_run(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_in_use_is_refused_until_its_process_ends(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        message = rf"in use by process {holder.pid} on .* since .*wait for it, stop it, or choose"
+        with pytest.raises(RunInUseError, match=message), storage.lock_run(tmp_path):
+            pass
+        holder.kill()
+        holder.wait()
+    with storage.lock_run(tmp_path):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UsageError, match=r"cannot be written.*choose --run"):
+        storage.lock_run(tmp_path / "run").__enter__()
+
+
+def test_a_run_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with (
+        pytest.raises(UsageError, match=r"cannot be written \(.*\); choose --run"),
+        storage.lock_run(tmp_path / "run"),
+    ):
+        pass
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from sevenfold.base import storage
+with storage.new_folder(Path(sys.argv[1]), kind="thing") as folder:
+    (folder / "a").write_text("new")
+"""
+
+
+@pytest.mark.parametrize("operation", range(1, 9))
+def test_a_kill_between_any_two_operations_leaves_old_or_new(
+    tmp_path: Path, operation: int
+) -> None:
+    target = tmp_path / "out"
+    with storage.new_folder(target, kind="thing") as folder:
+        (folder / "a").write_text("old")
+    environment = {**os.environ, storage.FAULTS_VARIABLE: f"kill@fs:{operation}"}
+    command = [sys.executable, "-c", KILLED, str(target)]
+    code = subprocess.run(command, env=environment, check=False).returncode
+    assert code in (-9, 0)
+    storage.sweep(tmp_path)
+    storage.verify_folder(target)
+    assert (target / "a").read_text() in ("old", "new")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
