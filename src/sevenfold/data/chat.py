@@ -6,6 +6,7 @@ inside a message is encoded letter by letter, never as the control token's id.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pydantic import Field
 from sevenfold.base.config import configuration
 from sevenfold.base.errors import BadDataError, UsageError
 from sevenfold.data.sources import SourceConfig
-from sevenfold.data.tokenizer import encode_texts
+from sevenfold.data.tokenizer import encode_texts, plain_backend
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -164,6 +165,13 @@ def _unused_characters(texts: Sequence[str], count: int) -> list[str]:
 
 
 def _control_pattern(tokenizer: Any) -> re.Pattern[str]:
+    return _pattern_of(tokenizer, len(tokenizer))
+
+
+@functools.lru_cache(maxsize=4)
+def _pattern_of(tokenizer: Any, size: int) -> re.Pattern[str]:
+    """Listing the added tokens is slow; ``size`` tells when there are new ones."""
+    del size
     tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
@@ -265,21 +273,8 @@ def _parts(tokenizer: Any, rendered: _Rendered) -> Iterator[tuple[str, bytes, bo
 def _encode_part(
     tokenizer: Any, text: str, carries: bytes, *, as_text: bool
 ) -> tuple[list[int], list[int]]:
-    if not any(carries) and as_text:
-        ids = encode_texts(tokenizer, [text])[0]
-        return ids, [0] * len(ids)
-    encoded = tokenizer(
-        text,
-        add_special_tokens=False,
-        split_special_tokens=as_text,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    ids = encoded["input_ids"]
-    return ids, [
-        carries[start] if start < len(carries) else 0 for start, _ in encoded["offset_mapping"]
-    ]
+    encoded = plain_backend(tokenizer, as_text=as_text).encode(text, add_special_tokens=False)
+    return encoded.ids, [carries[start] for start, _ in encoded.offsets]
 
 
 def render_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:

@@ -28,6 +28,7 @@ SHARD_BYTES = 256 * 2**20
 COMPRESSION_LEVEL = 3
 NUM_EXAMPLES = 3
 SPLITS = ("train", "validation")
+_BOUNDARIES = [re.compile(pattern) for pattern in (r"\n\s*\n", r"\n", r"[.!?]\s", r"\s")]
 
 
 @configuration
@@ -153,19 +154,20 @@ def cut(text: str, limit: int) -> Iterator[str]:
     A cut falls on the last blank line in the second half of a piece, else on the last line end,
     sentence end or space there, else where the limit is.
     """
-    while len(text) > limit:
+    start = 0
+    while (left := len(text) - start) > limit:
         # Two halves rather than a whole piece and a scrap.
-        most = limit if len(text) >= 2 * limit else (len(text) + 1) // 2
-        end = most
-        for boundary in (r"\n\s*\n", r"\n", r"[.!?]\s", r"\s"):
-            matches = list(re.compile(boundary).finditer(text, most // 2, most))
+        most = limit if left >= 2 * limit else (left + 1) // 2
+        end = start + most
+        for boundary in _BOUNDARIES:
+            matches = list(boundary.finditer(text, start + most // 2, end))
             if matches:
                 end = matches[-1].end()
                 break
-        yield text[:end].strip()
-        text = text[end:].strip()
-    if text:
-        yield text
+        yield text[start:end].strip()
+        start = end
+    if rest := text[start:].strip():
+        yield rest
 
 
 def assign_splits(

@@ -115,8 +115,8 @@ def read_json_list(data: bytes, name: str) -> Iterator[tuple[Values, str]]:
         if separator != "]" and (separator != "," or text[position : position + 1] == "]"):
             at_line += text.count("\n", counted, position)
             raise BadDataError(
-                f"{name}:{at_line}: expected ',' and another object, or ']' at the end of the list; "
-                "the file may be cut off"
+                f"{name}:{at_line}: expected ',' and another object, or ']' at the end of the "
+                "list; the file may be cut off"
             )
     if _skip_space(text, position + 1) != len(text):
         raise BadDataError(f"{name}: something follows the list; remove it, or use .jsonl")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -285,46 +287,55 @@ def _write(
     counts: RowCounts,
 ) -> dict[str, Any]:
     """Write all rows once, then the two parts from there; memory does not grow with the data."""
-    import datasets
-    import pyarrow
-
-    text, number = pyarrow.string(), pyarrow.list_
-    types = {
-        n: text if k == "string" else number(getattr(pyarrow, k)()) for n, k in columns.items()
-    }
-    spool = folder / "spool.arrow"
     fractions: list[float] = []
     weights: list[float] = []
     num_tokens = 0
-    schema = pyarrow.schema(types)
-    with pyarrow.OSFile(str(spool), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as stream:
-        batch: list[dict[str, Any]] = []
+
+    def spooled() -> Iterator[dict[str, Any]]:
+        nonlocal num_tokens
         for row in rows:
             fractions.append(fraction_of(row.key))
             weights.append(row.weight)
             num_tokens += sum(len(v) for v in row.columns.values() if not isinstance(v, str))
-            batch.append(row.columns)
-            if len(batch) == _BATCH_ROWS:
-                stream.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema=schema))
-                batch = []
-        if batch:
-            stream.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema=schema))
-    train, held_out = _split(np.array(fractions), np.array(weights), validation_fraction, counts)
-    datasets.disable_progress_bars()
-    everything = datasets.Dataset.from_file(str(spool))
-    digest = storage.sha256_file(spool)
-    for name, indices in (("rows", train), ("validation", held_out)):
-        # A name of our own instead of a random one: equal input gives equal bytes.
-        mark = hashlib.sha256(f"{digest}/{name}".encode()).hexdigest()[:16]
-        part = everything.select(indices.tolist(), new_fingerprint=mark)
-        part.save_to_disk(str(folder / name))
-    del everything
-    spool.unlink()
+            yield row.columns
+
+    with tempfile.TemporaryDirectory(dir=folder) as spool_folder:
+        spool = Path(spool_folder) / "rows.arrow"
+        _spool(spool, spooled(), columns)
+        shares = np.array(fractions)
+        train, held_out = _split(shares, np.array(weights), validation_fraction, counts)
+        _save_part(spool, folder / "rows", train)
+        _save_part(spool, folder / "validation", held_out)
     if counts.rejected:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in counts.rejected]
         storage.write_text(folder / REJECTED_FILE, "".join(lines))
     kept = {"rows": len(train), "validation_rows": len(held_out), "tokens": num_tokens}
     return kept | {"counts": counts.facts()}
+
+
+def _spool(path: Path, rows: Iterator[dict[str, Any]], columns: dict[str, str]) -> None:
+    import pyarrow
+
+    types = {
+        name: pyarrow.string() if kind == "string" else pyarrow.list_(getattr(pyarrow, kind)())
+        for name, kind in columns.items()
+    }
+    schema = pyarrow.schema(types)
+    with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as stream:
+        while batch := list(itertools.islice(rows, _BATCH_ROWS)):
+            stream.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema=schema))
+
+
+def _save_part(spool: Path, folder: Path, indices: NDArray[np.int64]) -> None:
+    """Save these rows of the spool as a data set; equal input gives equal bytes."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    # A name of our own, where the library would draw a random one.
+    facts = f"{storage.sha256_file(spool)}/{folder.name}"
+    mark = hashlib.sha256(facts.encode()).hexdigest()[:16]
+    everything = datasets.Dataset.from_file(str(spool))
+    everything.select(indices.tolist(), new_fingerprint=mark).save_to_disk(str(folder))
 
 
 def _split(

@@ -202,17 +202,26 @@ def stop_ids(tokenizer: Any) -> list[int]:
     return [end, tokenizer.eos_token_id] if known else [tokenizer.eos_token_id]
 
 
+def plain_backend(tokenizer: Any, *, as_text: bool) -> Any:
+    """Return the tokenizer's own engine, set to neither cut nor pad.
+
+    ``as_text``: what looks like a control token is encoded as text.
+    """
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    backend.encode_special_tokens = as_text
+    return backend
+
+
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Return the ids of each text, without any control token: what looks like one stays text."""
-    encoded = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
+    backend = plain_backend(tokenizer, as_text=True)
+    encoded = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    backend.encode_special_tokens = False
+    return [encoding.ids for encoding in encoded]
 
 
 def encode_documents(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
