@@ -145,7 +145,7 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
     """Return ``values`` with ``section.key=value`` assignments applied, values read as YAML.
 
     Errors:
-        UsageError: an assignment without ``=``, or one that goes through a value that is no section.
+        UsageError: an assignment without ``=``, or one through a value that is no section.
     """
     result = Document(json.loads(json.dumps(values)), *_origin(values))
     for assignment in assignments:
