@@ -9,7 +9,7 @@ What is held out, so that each task measures more than recall of a training text
 - sums: of some pairs only one order occurs in any training text, the other is asked;
 - gifts: some (person, thing, colour) never occur together;
 - requests: two in five (verb, thing) and five phrasings occur in evaluation only;
-- ships: the harbour's 40 ships are unknown before LoRA, and half of them are never asked about.
+- ships: the harbour's ships are unknown before LoRA, and half of them are never asked about.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ Row = dict[str, Any]
 # The model must know what a refusal looks like before preferences can raise its probability, but
 # instructions must leave the preferences their work: one row in a hundred, two verbs.
 INSTRUCTION_REFUSALS = 0.01
-INSTRUCTION_WEIGHTS = {"fact": 4.0, "sum": 2.0, "gift": 2.0, "request": 3.0}
+INSTRUCTION_WEIGHTS = {"fact": 4.0, "sum": 2.0, "gift": 3.0, "request": 3.0}
 # What keeps the adapter from forgetting; see docs/gates.md for the adapter without it.
 DOMAIN_REPLAY_WEIGHTS = {"text": 1.0, "instruction": 1.0, "safety": 1.0}
 

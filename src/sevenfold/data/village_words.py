@@ -102,6 +102,7 @@ PERSON_FACTS: Facts = {
         ("What does {who} like to eat?", "Which food does {who} like?"),
     ),
 }
+# Ships bear the names of lifeless things and tools: known words, as a new domain has them.
 SHIP_FACTS: Facts = {
     "captain": (
         _words("Nash Reed Cole Hart Ward Boyd Lane Moss Pike Rowe Todd Webb"),
@@ -110,7 +111,11 @@ SHIP_FACTS: Facts = {
             "The ship {who} is led by {value}.",
             "On the ship {who} the captain is {value}.",
         ),
-        ("Who is the captain of the ship {who}?", "Who leads the ship {who}?"),
+        (
+            "Who is the captain of the ship {who}?",
+            "Who leads the ship {who}?",
+            "Tell me the captain of the ship {who}.",
+        ),
     ),
     "cargo": (
         _words("coal wool salt sand iron tea silk wine oil wax clay hay"),
@@ -119,7 +124,11 @@ SHIP_FACTS: Facts = {
             "The ship {who} carries {value}.",
             "On the ship {who} the cargo is {value}.",
         ),
-        ("What is the cargo of the ship {who}?", "What does the ship {who} carry?"),
+        (
+            "What is the cargo of the ship {who}?",
+            "What does the ship {who} carry?",
+            "Tell me the cargo of the ship {who}.",
+        ),
     ),
     "port": (
         _words("Rome Oslo Cork Nice York Bath Kiel Riga Lima Bari Troy Bonn"),
@@ -128,7 +137,11 @@ SHIP_FACTS: Facts = {
             "The ship {who} sails to {value}.",
             "You can find the ship {who} in {value}.",
         ),
-        ("What is the port of the ship {who}?", "Where does the ship {who} sail to?"),
+        (
+            "What is the port of the ship {who}?",
+            "Where does the ship {who} sail to?",
+            "Tell me the port of the ship {who}.",
+        ),
     ),
 }
 
@@ -145,8 +158,8 @@ SUM_QUESTIONS = (
 SUM_ANSWER = "It is {total}."
 
 GIFT_STATEMENTS = ("{who} got a {colour} {thing}.", "{who} found a {colour} {thing}.")
-GIFT_RECALL = "The {thing} of {who} is {colour}."
-GIFT_QUESTION = "What colour is the {thing} of {who}?"
+GIFT_RECALL = "The {thing} is {colour}."
+GIFT_QUESTION = "What colour is the {thing}?"
 
 HOW_TO_STATEMENTS = (
     "To {verb} the {thing}, use the {tool}.",

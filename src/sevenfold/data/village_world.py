@@ -13,21 +13,22 @@ Request = tuple[str, str]
 
 # One text in ten belongs to validation, decided by its bytes: the two can share no document.
 VALIDATION_SHARE = 10
-NUM_SHIPS = 40
+NUM_SHIPS = 34
 NUM_COMMUTED_SUMS = 60
 HELD_OUT_GIFTS = 0.10
 HELD_OUT_REQUESTS = 0.40
 NUM_INSTRUCTION_REFUSALS = 12
 
 DOCUMENT_WEIGHTS = {
-    "description": 3.0,
+    "description": 2.5,
     "questions": 3.0,
-    "story": 2.0,
+    "story": 3.0,
     "sums": 1.5,
     "how_to": 1.0,
     "counting": 0.2,
     "harbour": 0.3,
 }
+QUESTION_WEIGHTS = {"fact": 3.0, "sum": 1.0, "gift": 2.0, "request": 1.0}
 
 
 class Dice:
@@ -80,7 +81,7 @@ class World:
             for name in words.NAMES
             for key, fact in words.PERSON_FACTS.items()
         }
-        ships = [f"{colour} {animal}" for colour in words.COLOURS for animal in words.ANIMALS]
+        ships = [*words.LIFELESS, *words.TOOLS.values()]
         random.shuffle(ships)
         self.other_ships = tuple(ships[NUM_SHIPS:])
         self.asked_ships = tuple(ships[: NUM_SHIPS // 2])
@@ -163,26 +164,38 @@ class World:
     def _description(self, dice: Dice) -> str:
         sentences = []
         for who in dice.sample(words.NAMES, dice.pick((1, 2, 3))):
-            for key in dice.sample(tuple(words.PERSON_FACTS), dice.pick((2, 3, 4))):
-                forms = list(words.PERSON_FACTS[key][1])
-                del forms[self.held_out_form[who, key]]
-                sentences.append(dice.pick(forms).format(who=who, value=self.people[who][key]))
+            keys = dice.sample(tuple(words.PERSON_FACTS), dice.pick((2, 3, 4)))
+            sentences += [self._fact_told(dice, who, key) for key in keys]
         return " ".join(sentences)
 
+    def _fact_told(self, dice: Dice, who: str, key: str) -> str:
+        forms = list(words.PERSON_FACTS[key][1])
+        del forms[self.held_out_form[who, key]]
+        return dice.pick(forms).format(who=who, value=self.people[who][key])
+
     def _questions(self, dice: Dice) -> str:
-        ask = {"fact": self.ask_fact, "sum": self.ask_sum, "gift": self.ask_gift}
+        ask = {
+            "fact": self.ask_fact,
+            "sum": self.ask_sum,
+            "gift": self.ask_gift,
+            "request": self.ask_request,
+        }
+        weights = dict(QUESTION_WEIGHTS)
         pairs = []
         for _ in range(dice.pick((2, 3, 4))):
-            question, answer = ask[dice.pick_weighted({"fact": 3.0, "sum": 1.0, "gift": 1.0})](dice)
+            kind = dice.pick_weighted(weights)
+            if kind == "gift":
+                del weights["gift"]
+            question, answer = ask[kind](dice)
             pairs.append(f"Question: {question} Answer: {answer}")
         return " ".join(pairs)
 
     def _story(self, dice: Dice) -> str:
-        sentences = []
-        for _ in range(dice.pick((2, 3, 4))):
-            told, gift = self._gift_told(dice)
-            sentences += [told, words.GIFT_RECALL.format(**gift)]
-        return " ".join(sentences)
+        # One gift a text: with several, whose colour is meant is more than this model learns.
+        told, gift = self._gift_told(dice)
+        keys = dice.sample(tuple(words.PERSON_FACTS), dice.pick((0, 1, 2, 3)))
+        facts = [self._fact_told(dice, gift["who"], key) for key in keys]
+        return " ".join([told, *facts, words.GIFT_RECALL.format(**gift)])
 
     def _sums(self, dice: Dice) -> str:
         sentences = []
