@@ -85,7 +85,7 @@ def evaluate_model(
         names = metrics_of_task(task.config, config)
         metrics |= _summarised(results, names, task.config.name, config, seconds)
         items += results
-        log.info("%s: %d items in %.1f s", task.config.name, len(task.items), seconds)
+        log.debug("%s: %d items in %.1f s", task.config.name, len(task.items), seconds)
     if any(task.config.kind in GENERATING_KINDS for task in tasks):
         metrics |= _summarised(items, PATHOLOGY_METRICS, None, config, 0.0)
     return Evaluation(metrics=metrics, items=items, samples=_samples(subject, tasks, items))

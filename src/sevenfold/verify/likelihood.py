@@ -55,13 +55,20 @@ def score_rows(
     model: Any, rows: Sequence[Row], *, batch_tokens: int, suppressed: Sequence[int] = ()
 ) -> list[Score]:
     """Score every row, in the order given; ``suppressed`` ids are never the greedy choice."""
-    scores: list[Score | None] = [None] * len(rows)
-    for batch in _length_buckets([len(row.ids) for row in rows], batch_tokens):
-        for index, score in zip(
-            batch, _score_batch(model, [rows[i] for i in batch], suppressed), strict=True
-        ):
-            scores[index] = score
-    return [score for score in scores if score is not None]
+    # Rows that differ in their last id only (A, B, C, D after one question) share a forward pass.
+    sharing: dict[tuple[int, ...], list[int]] = {}
+    for index, row in enumerate(rows):
+        sharing.setdefault(row.ids[:-1], []).append(index)
+    inputs = list(sharing)
+    scores: dict[int, Score] = {}
+    for batch in _length_buckets([len(ids) for ids in inputs], batch_tokens):
+        members = [index for at in batch for index in sharing[inputs[at]]]
+        input_of = [place for place, at in enumerate(batch) for _ in sharing[inputs[at]]]
+        found = _score_batch(
+            model, [inputs[at] for at in batch], [rows[i] for i in members], input_of, suppressed
+        )
+        scores |= dict(zip(members, found, strict=True))
+    return [scores[index] for index in range(len(rows))]
 
 
 def _length_buckets(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -74,19 +81,26 @@ def _length_buckets(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[
         start += size
 
 
-def _score_batch(model: Any, rows: Sequence[Row], suppressed: Sequence[int]) -> list[Score]:
+def _score_batch(
+    model: Any,
+    inputs: Sequence[tuple[int, ...]],
+    rows: Sequence[Row],
+    input_of: Sequence[int],
+    suppressed: Sequence[int],
+) -> list[Score]:
+    """Score ``rows``; ``input_of`` says which of ``inputs`` each of them reads."""
     device = model.get_input_embeddings().weight.device
-    longest = max(len(row.ids) for row in rows) - 1
-    ids_bt = torch.zeros(len(rows), longest, dtype=torch.long)
-    for index, row in enumerate(rows):
-        ids_bt[index, : len(row.ids) - 1] = torch.tensor(row.ids[:-1])
+    ids_bt = torch.zeros(len(inputs), max(map(len, inputs)), dtype=torch.long)
+    for index, ids in enumerate(inputs):
+        ids_bt[index, : len(ids)] = torch.tensor(ids)
     counts = [len(row.ids) - row.start for row in rows]
     row_of_s = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts))
+    input_of_s = torch.tensor(input_of)[row_of_s]
     position_s = torch.cat([torch.arange(row.start - 1, len(row.ids) - 1) for row in rows])
     target_s = torch.tensor([token for row in rows for token in row.ids[row.start :]])
 
     nats_s, greedy_s = [], []
-    for logits_sv, chunk in _logits(model, ids_bt.to(device), row_of_s, position_s):
+    for logits_sv, chunk in _logits(model, ids_bt.to(device), input_of_s, position_s):
         target = target_s[chunk].to(device)
         nats_s.append(functional.cross_entropy(logits_sv, target, reduction="none"))
         if suppressed:
@@ -104,18 +118,18 @@ def _score_batch(model: Any, rows: Sequence[Row], suppressed: Sequence[int]) -> 
 
 
 def _logits(
-    model: Any, ids_bt: torch.Tensor, row_of_s: torch.Tensor, position_s: torch.Tensor
+    model: Any, ids_bt: torch.Tensor, input_of_s: torch.Tensor, position_s: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, slice]]:
     """Yield fp32 logits [s, v] of the scored positions, in chunks that fit into memory."""
     head = model.get_output_embeddings()
-    row_of_s, position_s = row_of_s.to(ids_bt.device), position_s.to(ids_bt.device)
+    input_of_s, position_s = input_of_s.to(ids_bt.device), position_s.to(ids_bt.device)
     changed = [getattr(model.config, name, None) for name in _HEAD_SETTINGS]
     is_plain = all(value in (None, 1, 1.0) for value in changed)
     if is_plain:
         hidden_btd = model.get_decoder()(input_ids=ids_bt, use_cache=False).last_hidden_state
-        states_s = hidden_btd[row_of_s, position_s]
+        states_s = hidden_btd[input_of_s, position_s]
     else:
-        states_s = model(ids_bt, use_cache=False).logits[row_of_s, position_s]
+        states_s = model(ids_bt, use_cache=False).logits[input_of_s, position_s]
     chunk = max(1, _MAX_LOGIT_ENTRIES // head.weight.shape[0])
     for start in range(0, len(states_s), chunk):
         part = slice(start, start + chunk)
@@ -151,7 +165,6 @@ def token_counts(files: Sequence[Path], vocab_size: int) -> NDArray[np.int64]:
     return counts
 
 
-def unigram_nats(counts: NDArray[np.int64], ids: Sequence[int]) -> float:
-    """Return the nats of ``ids`` under the frequencies ``counts``, each raised by one."""
-    total = int(counts.sum()) + len(counts)
-    return float(-np.log((counts[np.asarray(ids, dtype=np.int64)] + 1) / total).sum())
+def unigram_nats(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the nats of every token [v] under the frequencies ``counts``, each raised by one."""
+    return -np.log((counts + 1) / (int(counts.sum()) + len(counts)))

@@ -102,12 +102,13 @@ def _measure_text(subject: Subject, task: Task) -> list[ItemResult]:
     if counts is None:
         every = [token for text in texts for token in (*text, *tail)]
         counts = np.bincount(every, minlength=len(subject.tokenizer)).astype(np.int64)
+    nats_of_token = likelihood.unigram_nats(counts)
     prefix = "" if task.config.name == VALIDATION_TASK else f"{task.config.name}_"
     results = []
     for document, ids, windows in zip(documents, texts, rows, strict=True):
         nats = sum(next(scores).nats for _ in windows)
         tokens, num_bytes = len(ids) + len(tail), len(document.text.encode())
-        unigram = likelihood.unigram_nats(counts, [*ids, *tail])
+        unigram = float(nats_of_token[[*ids, *tail]].sum())
         parts = {
             "perplexity": [nats, tokens],
             "bits_per_byte": [nats / math.log(2), num_bytes],

@@ -20,7 +20,7 @@ Kind = Literal["proportion", "mean", "ratio", "exp_ratio", "measured"]
 Array = NDArray[np.float64]
 
 NUM_RESAMPLES = 2000
-_RESAMPLE_CHUNK_ENTRIES = 4_000_000
+_RESAMPLE_CHUNK_ENTRIES = 250_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,11 +137,13 @@ def _resampled_sums(columns: Array, seed: int) -> Array:
     n = len(columns)
     generator = np.random.default_rng(seed)
     chunk = max(1, min(NUM_RESAMPLES, _RESAMPLE_CHUNK_ENTRIES // n))
-    sums = [
-        columns[generator.integers(n, size=(min(chunk, NUM_RESAMPLES - start), n))].sum(axis=1)
-        for start in range(0, NUM_RESAMPLES, chunk)
-    ]
-    return np.concatenate(sums)
+    sums = np.empty((NUM_RESAMPLES, columns.shape[1]))
+    for start in range(0, NUM_RESAMPLES, chunk):
+        part = sums[start : start + chunk]
+        drawn = generator.integers(n, size=(len(part), n), dtype=np.int32)
+        for index, column in enumerate(columns.T.copy()):
+            part[:, index] = column[drawn].sum(axis=1)
+    return sums
 
 
 def _bounds(resampled: Array, n: int, confidence: float) -> tuple[float, float]:

@@ -75,6 +75,22 @@ def test_a_model_that_changes_its_logits_after_the_head_is_run_whole() -> None:
     assert_same_as_alone(Gemma2ForCausalLM(config).eval(), some_rows(64, num=6))
 
 
+def test_rows_that_differ_in_their_last_id_share_a_forward_pass(model: Any) -> None:
+    passes: list[tuple[int, ...]] = []
+    handle = model.get_decoder().register_forward_pre_hook(
+        lambda module, arguments, options: passes.append(tuple(options["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    rows = [Row((*range(9), last), start) for last in range(4) for start in (9, 3)]
+    try:
+        scores = score_rows(model, rows, batch_tokens=1000)
+    finally:
+        handle.remove()
+    assert passes == [(1, 9)]
+    for row, score in zip(rows, scores, strict=True):
+        assert score.nats == pytest.approx(alone(model, row)[0], rel=1e-4)
+
+
 def test_suppressed_ids_are_never_the_greedy_choice(model: Any) -> None:
     with torch.inference_mode():
         first, second = model(torch.tensor([[5, 6]])).logits[0, -1].topk(2).indices.tolist()
@@ -113,7 +129,7 @@ def test_the_unigram_model_counts_packed_rows(tmp_path: Path) -> None:
     counts = token_counts([tmp_path / "a.npy", tmp_path / "b.npy"], 5)
     assert counts.tolist() == [2, 3, 1, 3, 0]
     # Each count is raised by one: 4 of 14 for token 1, 1 of 14 for the one never seen.
-    assert unigram_nats(counts, [1, 4]) == pytest.approx(-math.log(4 / 14) - math.log(1 / 14))
+    assert unigram_nats(counts)[[1, 4]] == pytest.approx([-math.log(4 / 14), -math.log(1 / 14)])
 
 
 def test_huge_files_are_counted_in_part_but_evenly(
