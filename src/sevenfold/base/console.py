@@ -143,10 +143,10 @@ def print_raw(text: str) -> None:
     stream.flush()
 
 
-def print_error(message: str) -> None:
-    """Print one line to standard error."""
+def print_error(message: str, *, kind: str = "error") -> None:
+    """Print one line, ``kind: message``, to standard error."""
     stream = _LastingStream("stderr")
-    stream.write(f"error: {' '.join(message.split())}\n")
+    stream.write(f"{kind}: {' '.join(message.split())}\n")
     stream.flush()
 
 

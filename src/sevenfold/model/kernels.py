@@ -11,11 +11,12 @@ import importlib
 import logging
 import weakref
 from types import ModuleType
-from typing import Any, TypedDict
-
-import torch
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from sevenfold.base.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def setup_kernel_optimizations(*, liger: bool = False, cce: bool = False) -> Act
             "Liger's kernels are in place in this process and cannot be taken out; start a new "
             "process to train without them"
         )
-    if (liger or cce) and not torch.cuda.is_available():
+    if (liger or cce) and not _has_gpu():
         asked = "liger" if liger else "cce"
         raise UsageError(
             f"kernels.{asked}: its Triton kernels need an NVIDIA GPU and this machine has none; "
@@ -90,6 +91,13 @@ def setup_kernel_optimizations(*, liger: bool = False, cce: bool = False) -> Act
     _active.update(liger=liger, cce=cce)
     log.debug("kernels in place: %s", _active)
     return active_kernels()
+
+
+def _has_gpu() -> bool:
+    # Script 05 imports this module, and its --help is not to wait for torch.
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _import(module: str, setting: str) -> ModuleType | Any:

@@ -7,7 +7,6 @@ at once.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import sys
 import traceback
@@ -24,9 +23,8 @@ def main(verb: str | None = None, *, deprecated: str | None = None) -> None:
     ``deprecated`` is the old name under which a script was called; it is warned about.
     """
     if deprecated is not None:
-        message = f"warning: {deprecated} is deprecated; call scripts/05_pretrain.py"
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(f"{message}\n")
+        message = f"{deprecated} is deprecated; call scripts/05_pretrain.py"
+        console.print_error(message, kind="warning")
     program = "sevenfold" if verb is None else Path(sys.argv[0]).name
     code = execute(sys.argv[1:], verb=verb, program=program)
     console.detach_output()

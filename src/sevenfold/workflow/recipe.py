@@ -231,6 +231,10 @@ def save(run: Run) -> Run:
     return write_run(run.folder, preset=run.preset, recipe=run.recipe)
 
 
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file())
+
+
 @contextlib.contextmanager
 def saved(run: Run) -> Iterator[Run]:
     """Save ``run`` for one step; take its settings back if the step refuses them or their data."""
@@ -242,6 +246,6 @@ def saved(run: Run) -> Iterator[Run]:
         if before is not None:
             if before != storage.read_json(path):
                 storage.write_json(path, before)
-        elif [entry.name for entry in run.folder.glob("[!.]*")] == [path.name]:
+        elif not any(file != path and file.name[0] != "." for file in _files(run.folder)):
             storage.remove_file(path)
         raise

@@ -140,7 +140,7 @@ def test_a_run_that_holds_something_keeps_its_settings(place: Path) -> None:
 
     def refuse_late() -> None:
         with recipes.saved(run):
-            (run.folder / "data").mkdir()
+            storage.write_text(run.folder / "data" / "a", "made")
             raise UsageError("refused")
 
     with pytest.raises(UsageError):
