@@ -105,6 +105,7 @@ def _generate_batch(
         attention_mask=mask_bt.to(device),
         do_sample=False,
         num_beams=1,
+        repetition_penalty=1.0,  # a model's own settings for chatting do not belong here
         max_new_tokens=max_new_tokens,
         eos_token_id=ends,
         pad_token_id=ends[0],

@@ -303,6 +303,15 @@ def test_a_comparison_needs_the_earlier_stages_evidence(run: Run, gates_file: Pa
         check_stage(run, recipe(), "sft", gates_file)
 
 
+def test_evidence_that_is_no_json_is_refused(run: Run, gates_file: Path) -> None:
+    path = run.stage("sft") / "evaluation.json"
+    path.write_text('{"metrics": {"village_statements": {"value": NaN}}}')
+    evidence = run.record("sft")["evidence"] | {"evaluation_sha256": storage.sha256_file(path)}
+    run.write_record("sft", {**run.record("sft"), "evidence": evidence})
+    with pytest.raises(GateRefusedError, match="not readable: .*NaN is not JSON; run scripts/11"):
+        check_stage(run, recipe(), "sft", gates_file)
+
+
 def test_changed_weights_are_noticed(run: Run, gates_file: Path) -> None:
     path = next(run.model("sft").glob("*.safetensors"))
     content = bytearray(path.read_bytes())
