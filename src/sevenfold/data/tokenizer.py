@@ -22,15 +22,16 @@ CONTROL_TOKENS = (BOS, EOS, PAD, *ROLE_TOKENS.values(), END)
 NUM_BYTES = 256
 _RESERVED = re.compile(r"<\|reserved_\d+\|>")
 
-# No line feed or space stands between control tokens and text: the text of a turn is then cut into
-# tokens in the same way wherever it stands, and an answer's first token never joins its header.
+# A space stands before the text of a turn, so that its first word is the token it is inside a
+# sentence: " Tom", not the "Tom" that only ever opens a document. The village's model answered
+# 0.99 of the questions about people never asked about with the space, and 0.00 without it.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'assistant' -%}"
-    "<|assistant|>{% generation %}{{ message['content'] }}<|end|>{% endgeneration %}"
+    "<|assistant|>{% generation %}{{ ' ' + message['content'] }}<|end|>{% endgeneration %}"
     "{%- elif message['role'] in ('user', 'system') -%}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{{ '<|' + message['role'] + '|> ' + message['content'] + '<|end|>' }}"
     "{%- else -%}"
     "{{ raise_exception('unknown role ' + message['role']) }}"
     "{%- endif -%}"

@@ -44,15 +44,14 @@ _BATCH_DOCUMENTS = 512
 # --- 01 -----------------------------------------------------------------------------------------
 
 
-def download(run: Run, recipe: Recipe, given: Sequence[Path] = ()) -> None:
-    """Write ``data/raw``: the documents of the recipe's sources, of ``given`` or of the village.
+def download(run: Run, recipe: Recipe) -> None:
+    """Write ``data/raw``: the documents of the recipe's sources, or of the village.
 
     Errors:
         UsageError: a source is not there, or is given twice.
         BadDataError: a source holds something it must not hold; what was there stays.
     """
-    chosen = _given(given) or recipe.data.sources
-    village = None if chosen else recipe.data.village
+    chosen, village = recipe.data.sources, recipe.data.village
     sources.refuse_repeated(chosen)
     config = {"sources": to_plain(chosen), "village": to_plain(village)}
     inputs = {source.location: source_fingerprint(source) for source in chosen}
@@ -65,10 +64,6 @@ def download(run: Run, recipe: Recipe, given: Sequence[Path] = ()) -> None:
             facts = _write_village(folder, Village(village))
         storage.manifest_facts(folder, **facts)
     say(run.data("raw"), f"{facts['documents']:,} documents")
-
-
-def _given(paths: Sequence[Path]) -> tuple[SourceConfig, ...]:
-    return tuple(sources.source_from_path(path) for path in paths)
 
 
 def source_fingerprint(source: SourceConfig) -> str:
@@ -277,12 +272,7 @@ def _tokenizer_fingerprint(run: Run) -> str:
 # --- 06 and 08 ----------------------------------------------------------------------------------
 
 
-def prepare_sft(
-    run: Run,
-    recipe: Recipe,
-    given: Sequence[Path] = (),
-    stages: Sequence[str] = ("sft", "lora"),
-) -> None:
+def prepare_sft(run: Run, recipe: Recipe, stages: Sequence[str] = ("sft", "lora")) -> None:
     """Write ``data/sft`` and ``data/lora``: tokenised conversations with their loss masks.
 
     LoRA without sources of its own takes the village's new domain, or else what SFT takes.
@@ -297,7 +287,7 @@ def prepare_sft(
         if stage == "lora" and not config.sources and recipe.data.village is None:
             wanted = recipe.sft.data
             config = dataclasses.replace(config, sources=wanted.sources, weights=wanted.weights)
-        chosen = _with_sources(run, recipe, stage, config, given)
+        chosen = _with_sources(run, recipe, stage, config)
         inputs = _row_inputs(run, chosen.sources)
         if is_current(run.data(stage), inputs, to_plain(chosen)):
             continue
@@ -309,7 +299,7 @@ def prepare_sft(
         _say_rows(run.data(stage), facts)
 
 
-def prepare_dpo(run: Run, recipe: Recipe, given: Sequence[Path] = ()) -> None:
+def prepare_dpo(run: Run, recipe: Recipe) -> None:
     """Write ``data/dpo``: tokenised preference pairs.
 
     Errors:
@@ -317,9 +307,9 @@ def prepare_dpo(run: Run, recipe: Recipe, given: Sequence[Path] = ()) -> None:
         BadDataError: a row is wrong; with file, line and field.
     """
     made = _existing_tokenizer(run, recipe)
-    chosen = _with_sources(run, recipe, "dpo", recipe.dpo.data, given)
+    chosen = _with_sources(run, recipe, "dpo", recipe.dpo.data)
     assert isinstance(chosen, chat.PreferenceDataConfig)
-    from_village = not given and not recipe.dpo.data.sources
+    from_village = not recipe.dpo.data.sources
     inputs = _row_inputs(run, (*chosen.sources, *chosen.replay))
     if is_current(run.data("dpo"), inputs, to_plain(chosen)):
         return
@@ -341,11 +331,9 @@ def _existing_tokenizer(run: Run, recipe: Recipe) -> Any:
 
 
 def _with_sources(
-    run: Run, recipe: Recipe, stage: str, config: chat.ChatDataConfig, given: Sequence[Path]
+    run: Run, recipe: Recipe, stage: str, config: chat.ChatDataConfig
 ) -> chat.ChatDataConfig:
-    """Return ``config`` with the sources that count: given, configured, or the village's."""
-    if given:
-        config = dataclasses.replace(config, sources=_given(given), weights=None)
+    """Return ``config`` with the village's rows where it names no sources."""
     if not config.sources and recipe.data.village is not None:
         storage.read_manifest(run.data("raw"), made_by=SCRIPTS["raw"])
         rows = run.data("raw") / f"{VILLAGE_ROWS[stage]}.jsonl"

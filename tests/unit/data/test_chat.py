@@ -35,7 +35,7 @@ def ids(tokenizer: Any, text: str) -> list[int]:
 
 def test_golden_ids_of_six_conversations(tokenizer: Any) -> None:
     def text(content: str) -> list[int]:
-        return ids(tokenizer, content)
+        return ids(tokenizer, f" {content}")  # one space opens the text of every turn
 
     question, answer = text("Tom?"), text("A red hat.")
     turn = [USER, *question, END, ASSISTANT]
@@ -66,12 +66,12 @@ def test_golden_ids_of_six_conversations(tokenizer: Any) -> None:
 def test_every_answer_carries_loss_and_nothing_else(tokenizer: Any) -> None:
     found, mask = render(tokenizer, CHAT)
     learnt = [tokenizer.decode(i) for i, m in zip(found, mask, strict=True) if m]
-    assert "".join(learnt) == "A red hat.<|end|>On the mat.<|end|>"
+    assert "".join(learnt) == " A red hat.<|end|> On the mat.<|end|>"
     silent = [CHAT[0], says("assistant", "A red hat.", weight=0), *CHAT[2:]]
     found_silent, mask = render(tokenizer, silent)
     learnt = [tokenizer.decode(i) for i, m in zip(found, mask, strict=True) if m]
     assert found_silent == found
-    assert "".join(learnt) == "On the mat.<|end|>"
+    assert "".join(learnt) == " On the mat.<|end|>"
 
 
 def test_rendering_is_what_other_tools_encode(tokenizer: Any) -> None:
@@ -91,12 +91,12 @@ def test_a_prompt_is_the_beginning_of_its_conversation(tokenizer: Any) -> None:
         prompt, answer = render_answer(tokenizer, CHAT[:3], last)
         assert prompt == render_prompt(tokenizer, CHAT[:3])
         assert prompt + answer == render(tokenizer, messages)[0]
-        assert answer == [*ids(tokenizer, last), END]
+        assert answer == [*ids(tokenizer, f" {last}"), END]
     typed = [says("user", "<|end|>\ue000")]
     prompt, answer = render_answer(tokenizer, typed, "Yes\ue001")
-    assert tokenizer.decode(prompt) == "<|bos|><|user|><|end|>\ue000<|end|><|assistant|>"
+    assert tokenizer.decode(prompt) == "<|bos|><|user|> <|end|>\ue000<|end|><|assistant|>"
     assert prompt.count(END) == 1
-    assert tokenizer.decode(answer) == "Yes\ue001<|end|>"
+    assert tokenizer.decode(answer) == " Yes\ue001<|end|>"
 
 
 @pytest.mark.parametrize("token", [*CONTROL_TOKENS, "<|end|><|end|>", "<|<|end|>end|>"])
@@ -106,9 +106,9 @@ def test_typed_control_tokens_are_never_control_ids(tokenizer: Any, token: str) 
     assert [i for i in found if i < len(CONTROL_TOKENS)] == [
         BOS, SYSTEM, END, USER, END, ASSISTANT, END,
     ]  # fmt: skip
-    assert sum(mask) == len(ids(tokenizer, token)) + 1
+    assert sum(mask) == len(ids(tokenizer, f" {token}")) + 1
     assert tokenizer.decode(found) == (
-        f"<|bos|><|system|>{token}<|end|><|user|>a{token}b<|end|><|assistant|>{token}<|end|>"
+        f"<|bos|><|system|> {token}<|end|><|user|> a{token}b<|end|><|assistant|> {token}<|end|>"
     )
 
 

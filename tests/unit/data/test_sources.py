@@ -133,6 +133,8 @@ def test_limits_end_a_source(tmp_path: Path) -> None:
     assert len(texts(path, max_rows=2)) == 2
     assert len(texts(path, max_characters=len(ROWS[0]["text"]) + 1)) == 2
     assert texts(path, max_rows=99) == texts(path)
+    path.write_text('{"messages": [{"content": "abc"}], "n": 3}\n' * 5, encoding="utf-8")
+    assert len(list(read_rows(source(path, max_characters=7)))) == 3
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from sevenfold.base.records import Run
 from sevenfold.data.chat import ChatDataConfig, PreferenceDataConfig
 from sevenfold.data.clean import CleanConfig, read_shards
 from sevenfold.data.shards import PackConfig, open_shards
-from sevenfold.data.sources import SourceConfig
+from sevenfold.data.sources import SourceConfig, source_from_path
 from sevenfold.data.tokenizer import TokenizerConfig, load_tokenizer
 from sevenfold.data.village import VillageConfig
 from sevenfold.workflow import prepare, prepared
@@ -76,6 +76,11 @@ def village(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     return Run(folder=tmp_path / "run", facts={})
+
+
+def download(run: Run, *paths: Path) -> None:
+    sources = tuple(source_from_path(path) for path in paths)
+    prepare.download(run, make_recipe(sources=sources, village=None))
 
 
 def own_texts(tmp_path: Path, count: int = 60) -> Path:
@@ -159,7 +164,7 @@ def test_each_step_names_the_one_before_it(run: Run) -> None:
 def test_ones_own_texts_replace_the_village(tmp_path: Path, run: Run, caplog: Any) -> None:
     recipe = make_recipe(village=None)
     path = own_texts(tmp_path)
-    prepare.download(run, recipe, [path])
+    download(run, path)
     (source,) = facts(run.data("raw"))["sources"]
     assert source == {
         "name": "texts",
@@ -186,22 +191,21 @@ def test_ones_own_texts_replace_the_village(tmp_path: Path, run: Run, caplog: An
     assert facts(run.data("lora"))["fingerprint"] == facts(run.data("sft"))["fingerprint"]
 
 
-def test_a_bad_source_leaves_what_was_there(tmp_path: Path, village: Run, run: Run) -> None:
-    recipe = make_recipe(village=None)
+def test_a_bad_source_leaves_what_was_there(tmp_path: Path, run: Run) -> None:
     path = own_texts(tmp_path)
-    prepare.download(run, recipe, [path])
+    download(run, path)
     before = facts(run.data("raw"))["fingerprint"]
     with path.open("a", encoding="utf-8") as file:
         file.write('{"text": 3}\n')
     with pytest.raises(BadDataError, match=r"texts\.jsonl:61:text: found a number"):
-        prepare.download(run, recipe, [path])
+        download(run, path)
     with pytest.raises(UsageError, match=r"gone: no such file or folder"):
-        prepare.download(run, recipe, [tmp_path / "gone"])
+        download(run, tmp_path / "gone")
     with pytest.raises(UsageError, match=r"given twice as a source"):
-        prepare.download(run, recipe, [path, path])
+        download(run, path, path)
     (tmp_path / "empty.jsonl").write_bytes(b"")
     with pytest.raises(BadDataError, match=r"empty\.jsonl: not one document; give files that hold"):
-        prepare.download(run, recipe, [tmp_path / "empty.jsonl"])
+        download(run, tmp_path / "empty.jsonl")
     assert facts(run.data("raw"))["fingerprint"] == before
     assert [p.name for p in run.data("raw").parent.iterdir()] == ["raw"]
 
@@ -209,12 +213,12 @@ def test_a_bad_source_leaves_what_was_there(tmp_path: Path, village: Run, run: R
 def test_a_changed_source_makes_the_rest_stale(tmp_path: Path, run: Run) -> None:
     recipe = make_recipe(village=None)
     path = own_texts(tmp_path)
-    prepare.download(run, recipe, [path])
+    download(run, path)
     prepare.clean(run, recipe)
     prepare.tokenize_and_pack(run, recipe)
     prepared.require_current(run, "packed")
     own_texts(tmp_path, 70)
-    prepare.download(run, recipe, [path])
+    download(run, path)
     with pytest.raises(
         UsageError,
         match=r"clean: made from an earlier raw than .*; run scripts/02_clean_data\.py again",
@@ -227,9 +231,19 @@ def test_a_changed_source_makes_the_rest_stale(tmp_path: Path, run: Run) -> None
     prepared.require_current(run, "packed")
 
 
+def test_a_hub_source_is_known_by_its_revision() -> None:
+    first = SourceConfig(name="a", dataset="a/b", revision="v1", split="train")
+    assert prepare.source_fingerprint(first) == prepare.source_fingerprint(
+        dataclasses.replace(first, licence="mit")
+    )
+    assert prepare.source_fingerprint(first) != prepare.source_fingerprint(
+        dataclasses.replace(first, revision="v2")
+    )
+
+
 def test_changed_bytes_are_noticed(tmp_path: Path, run: Run) -> None:
     recipe = make_recipe(village=None)
-    prepare.download(run, recipe, [own_texts(tmp_path)])
+    download(run, own_texts(tmp_path))
     (file,) = run.data("raw").glob("*.zst")
     file.write_bytes(file.read_bytes() + b"x")
     with pytest.raises(BadDataError, match=r"documents-00000\.jsonl\.zst: .*the manifest says"):
@@ -238,7 +252,7 @@ def test_changed_bytes_are_noticed(tmp_path: Path, run: Run) -> None:
 
 def test_too_little_text_for_a_row_is_refused(tmp_path: Path, run: Run) -> None:
     recipe = make_recipe(village=None)
-    prepare.download(run, recipe, [own_texts(tmp_path, 4)])
+    download(run, own_texts(tmp_path, 4))
     prepare.clean(run, recipe)
     recipe.pack = PackConfig(row_length=128, dtype="int64")
     with pytest.raises(BadDataError, match=r"not one row of 128; give more text, raise data\.val"):
@@ -258,7 +272,8 @@ def test_a_tokenizer_is_taken_over_without_any_text(tmp_path: Path, run: Run) ->
             for n in range(20)
         )
     )
-    prepare.prepare_dpo(run, recipe, [pairs])
+    recipe.dpo.data = dataclasses.replace(recipe.dpo.data, sources=(source_from_path(pairs),))
+    prepare.prepare_dpo(run, recipe)
     assert len(load_tokenizer(run.tokenizer)) == 520
     assert facts(run.data("dpo"))["rows"] + facts(run.data("dpo"))["validation_rows"] == 20
 
@@ -269,11 +284,15 @@ def test_real_rows_are_prepared(village: Run, run: Run, tmp_path: Path) -> None:
 
     shutil.copytree(village.tokenizer, run.tokenizer)
     recipe = make_recipe(village=None)
-    recipe.sft.data = dataclasses.replace(recipe.sft.data, max_length=4096)
-    recipe.dpo.data = dataclasses.replace(recipe.dpo.data, max_length=4096, max_bad_rows=12)
-    prepare.prepare_sft(run, recipe, [SHARED / "sft" / "dolly_hhrlhf_train_small.jsonl"], ("sft",))
+    dolly = source_from_path(SHARED / "sft" / "dolly_hhrlhf_train_small.jsonl")
+    harmless = source_from_path(SHARED / "dpo" / "hh_harmless_2000.jsonl.gz")
+    recipe.sft.data = dataclasses.replace(recipe.sft.data, sources=(dolly,), max_length=4096)
+    recipe.dpo.data = dataclasses.replace(
+        recipe.dpo.data, sources=(harmless,), max_length=4096, max_bad_rows=12
+    )
+    prepare.prepare_sft(run, recipe, ("sft",))
     assert facts(run.data("sft"))["counts"]["rows_read"] == {"dolly_hhrlhf_train_small": 1000}
-    prepare.prepare_dpo(run, recipe, [SHARED / "dpo" / "hh_harmless_2000.jsonl.gz"])
+    prepare.prepare_dpo(run, recipe)
     manifest = facts(run.data("dpo"))
     assert manifest["counts"]["rejected"] == 12
     assert (run.data("dpo") / "rejected.jsonl").is_file()
