@@ -144,6 +144,7 @@ class Source:
     """A model that a stage may start from.
 
     ``fingerprint`` identifies its bytes; ``forced`` is the reason given where no gate promoted it,
+    ``forced_earlier`` the stages before it that were gone past like that, each with its reason;
     ``external`` is true for a folder from outside the run.
     """
 
@@ -152,6 +153,13 @@ class Source:
     stage: str
     forced: str | None = None
     external: bool = False
+    forced_earlier: tuple[dict[str, str], ...] = ()
+
+    @property
+    def forced_promotions(self) -> list[dict[str, str]]:
+        """Every gate that was gone past on the way to what starts from this model."""
+        own = [{"stage": self.stage, "reason": self.forced}] if self.forced else []
+        return [*self.forced_earlier, *own]
 
 
 def open_promoted(run: Run, stage: str, *, force: str | None = None) -> Source:
@@ -164,7 +172,7 @@ def open_promoted(run: Run, stage: str, *, force: str | None = None) -> Source:
         GateRefusedError: there is no verdict, it says no, or it is about other bytes; with
             ``force`` this is recorded instead of raised.
     """
-    run.record(stage)
+    record = run.record(stage)
     folder = run.model(stage)
     found = storage.verify_folder(folder)["fingerprint"]
     if stage == "init":
@@ -172,7 +180,13 @@ def open_promoted(run: Run, stage: str, *, force: str | None = None) -> Source:
     refusal = _refusal(run, stage, found)
     if refusal and force is None:
         raise GateRefusedError(f'{refusal}; to go on all the same, add --force "reason"')
-    return Source(folder=folder, fingerprint=found, stage=stage, forced=force if refusal else None)
+    return Source(
+        folder=folder,
+        fingerprint=found,
+        stage=stage,
+        forced=force if refusal else None,
+        forced_earlier=tuple(record.get("forced_promotions", ())),
+    )
 
 
 def _refusal(run: Run, stage: str, found: str) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sevenfold.base import storage
 from sevenfold.model.llama import load_model
 from sevenfold.model.lora import load_adapter
 from sevenfold.verify.config import ADAPTER_METRICS
@@ -32,7 +33,9 @@ def adapter_metrics(
     inputs = [torch.tensor([list(ids)], device=device) for ids in rows]
     model: Any = load_model(base, dtype, device).eval()
     plain = [model(ids_bt).logits.float().cpu() for ids_bt in inputs]
-    model = load_adapter(model, adapter).eval()
+    known = (base / storage.MANIFEST).is_file()
+    fingerprint = storage.read_manifest(base)["fingerprint"] if known else None
+    model = load_adapter(model, adapter, base_fingerprint=fingerprint).eval()
     with model.disable_adapter():
         off = [model(ids_bt).logits.float().cpu() for ids_bt in inputs]
     on = [model(ids_bt).logits.float().cpu() for ids_bt in inputs]

@@ -122,6 +122,7 @@ def _stage(run: Run, name: str) -> dict[str, Any]:
         "title": TITLES[name],
         "standing": standing.judge(run, name, record=record, verdict=verdict, started=bool(rows)),
         "forced": record.get("forced"),
+        "forced_promotions": record.get("forced_promotions", []),
         "external": record.get("external") is True,
         "elapsed_s": charts.finite(record.get("elapsed_s")),
         "evaluation_s": charts.finite(evaluation.get("elapsed_s")),
@@ -180,14 +181,14 @@ def _events(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _forced(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return each reason once, with the stage that it started and those that inherited it."""
-    reasons: dict[str, list[str]] = {}
+    """Return each gate gone past: its reason, the stage that started, and those that followed."""
+    passed: dict[tuple[str, str], list[str]] = {}
     for stage in stages:
-        if stage["forced"]:
-            reasons.setdefault(str(stage["forced"]), []).append(stage["name"])
+        for promotion in stage["forced_promotions"]:
+            key = (str(promotion["stage"]), str(promotion["reason"]))
+            passed.setdefault(key, []).append(stage["name"])
     found = []
-    for reason, names in reasons.items():
-        before = STAGES[max(0, STAGES.index(names[0]) - 1)]
+    for (before, reason), names in passed.items():
         held = next(stage["standing"] for stage in stages if stage["name"] == before)
         found.append(
             {

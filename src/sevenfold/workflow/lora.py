@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from sevenfold.base import records
+from sevenfold.model import llama
 from sevenfold.model import lora as adapters
-from sevenfold.model.llama import save_model
 from sevenfold.objective.next_token import NEXT_TOKEN
+from sevenfold.train import loop
 from sevenfold.workflow import training, workbench
 from sevenfold.workflow.recipe import Recipe
 from sevenfold.workflow.sft import conversation_rows
@@ -35,9 +36,28 @@ def lora(run: records.Run, recipe: Recipe, options: training.StageOptions) -> No
     workbench.place(scorer, job.config, job.processes)
     bench = workbench.assemble(job, scorer, NEXT_TOKEN, rows, held_out)
     last = workbench.train(job, bench)
+    trained = loop.trained_state(bench)
     if job.processes.is_main:
-        adapters.save_adapter(scorer.model, run.stage("lora") / "adapter")
-        merged = adapters.merge_adapter(scorer.model)
-        save_model(merged, job.tokenizer, run.model("lora"), training.model_dtype(job))
+        _export(job, trained)
         training.close(job, bench, last, row_fill=rows.fill)
     job.processes.wait()
+
+
+def _export(job: training.Job, trained: dict[str, torch.Tensor]) -> None:
+    """Write the adapter, and the model it merges into.
+
+    The base is opened anew in fp32, so that neither FP8, nor bf16, nor sharding during training
+    gets into the merge.
+    """
+    whole = adapters.add_adapter(llama.load_model(job.source.folder), job.recipe.lora.adapter)
+    weights = {name.removeprefix("model."): tensor for name, tensor in trained.items()}
+    unexpected = whole.load_state_dict(weights, strict=False).unexpected_keys
+    assert not unexpected, unexpected
+    adapters.save_adapter(
+        whole,
+        job.folder / "adapter",
+        base="external" if job.source.external else f"{job.source.stage}/model",
+        base_fingerprint=job.source.fingerprint,
+    )
+    merged = adapters.merge_adapter(whole)
+    llama.save_model(merged, job.tokenizer, job.run.model("lora"), training.model_dtype(job))

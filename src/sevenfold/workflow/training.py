@@ -199,6 +199,7 @@ def close(job: Job, bench: loop.Workbench, last: Mapping[str, Any], **facts: Any
         "events": events,
         "num_skipped_steps": bench.guard.num_skipped,
         "forced": job.source.forced,
+        "forced_promotions": job.source.forced_promotions,
         "external": job.source.external,
         "elapsed_s": bench.elapsed_s,
         "finished_at_s": time.time(),

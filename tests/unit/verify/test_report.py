@@ -152,7 +152,10 @@ CHECKS = {
 }
 
 
-def write_stage(run, stage, inputs, *, forced=None, events=()):
+BEFORE = {"sft": "pretrain", "dpo": "sft", "lora": "dpo"}
+
+
+def write_stage(run, stage, inputs, *, forced=None, inherited=(), events=()):
     judged = write_model(run, stage)
     rows = storage.JsonLines(run.stage(stage) / "metrics.jsonl")
     lines = [*fake_rows(stage), *events] if stage in STEPS else []
@@ -163,6 +166,7 @@ def write_stage(run, stage, inputs, *, forced=None, events=()):
         "config": {},
         "metrics": {"loss": START[stage][1]} if stage in START else {},
         "forced": forced,
+        "forced_promotions": [{"stage": BEFORE[stage], "reason": forced}] if forced else inherited,
         "external": False,
         "elapsed_s": STEPS.get(stage, 20) * 0.034,
         "gpu": "CPU",
@@ -261,7 +265,8 @@ def write_example(folder):
     model = write_stage(run, "pretrain", {"model": model, "data": packed}, events=events)
     model = write_stage(run, "sft", {"model": model, "data": rows})
     model = write_stage(run, "dpo", {"model": model, "data": pairs}, forced=FORCED_REASON)
-    write_stage(run, "lora", {"model": model, "data": ships}, forced=FORCED_REASON)
+    inherited = [{"stage": "sft", "reason": FORCED_REASON}]
+    write_stage(run, "lora", {"model": model, "data": ships}, inherited=inherited)
     return run
 
 
