@@ -55,7 +55,9 @@ def test_conversations_are_written_with_their_masks(tmp_path: Path, tokenizer: A
     for row in [*train, *held_out]:
         learnt = [i for i, m in zip(row["input_ids"], row["loss_mask"], strict=True) if m]
         text = tokenizer.decode(learnt)
-        assert (text.startswith("It is ") and text.endswith(".<|end|>")) or text.endswith("<|eos|>")
+        assert (text.startswith(" It is ") and text.endswith(".<|end|>")) or text.endswith(
+            "<|eos|>"
+        )
     assert facts["sources"] == [
         {"name": "s", "location": str(tmp_path / "a.jsonl"), "licence": "CC0-1.0", "rows": 51}
     ]
