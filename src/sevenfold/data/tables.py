@@ -59,7 +59,7 @@ class RowCounts:
         """Note a bad row; raise ``error`` when it is one too many."""
         if len(self.rejected) == self.max_bad_rows:
             if self.max_bad_rows == 0:
-                raise error
+                raise BadDataError(f"{error}; or allow some bad rows with max_bad_rows")
             raise BadDataError(
                 f"{error} (this is bad row {len(self.rejected) + 1}, and max_bad_rows is "
                 f"{self.max_bad_rows})"
@@ -83,7 +83,8 @@ class RowCounts:
                 self.placeholders,
             )
         if self.rejected:
-            log.warning("%d bad rows left out; first: %s", len(self.rejected), self.rejected[0])
+            first = self.rejected[0]["reason"]
+            log.warning("%d bad rows left out; the first: %s", len(self.rejected), first)
         return {
             "rows_read": dict(self.rows_read),
             "dropped": dict(self.dropped),

@@ -81,9 +81,9 @@ def source_fingerprint(source: SourceConfig) -> str:
 
 def _write_documents(folder: Path, chosen: Sequence[SourceConfig]) -> dict[str, Any]:
     facts: list[dict[str, Any]] = []
+    _warn_of_licences(chosen)
     with DocumentWriter(folder, "documents") as writer:
         for source in chosen:
-            _warn_of_licence(source)
             num_documents = num_characters = 0
             for document in sources.read_documents(source):
                 writer.write(document)
@@ -105,9 +105,10 @@ def _write_documents(folder: Path, chosen: Sequence[SourceConfig]) -> dict[str, 
     return {"documents": num_documents, "sources": facts}
 
 
-def _warn_of_licence(source: SourceConfig) -> None:
-    if source.licence is None:
-        log.warning("%s: no licence stated; it is recorded as 'unknown'", source.location)
+def _warn_of_licences(chosen: Sequence[SourceConfig]) -> None:
+    for source in chosen:
+        if source.licence is None:
+            log.warning("%s: no licence stated; it is recorded as 'unknown'", source.location)
 
 
 def _write_village(folder: Path, village: Village) -> dict[str, Any]:
@@ -282,6 +283,7 @@ def prepare_sft(run: Run, recipe: Recipe, stages: Sequence[str] = ("sft", "lora"
         BadDataError: a row is wrong; with file, line and field.
     """
     made = _existing_tokenizer(run, recipe)
+    warned: list[SourceConfig] = []
     for stage in stages:
         config = recipe.sft.data if stage == "sft" else recipe.lora.data
         if stage == "lora" and not config.sources and recipe.data.village is None:
@@ -294,6 +296,8 @@ def prepare_sft(run: Run, recipe: Recipe, stages: Sequence[str] = ("sft", "lora"
         with storage.new_folder(
             run.data(stage), kind=stage, inputs=inputs, config=to_plain(chosen)
         ) as folder:
+            _warn_of_licences([source for source in chosen.sources if source not in warned])
+            warned += chosen.sources
             facts = tables.write_conversations(folder, made, chosen)
             storage.manifest_facts(folder, **facts)
         _say_rows(run.data(stage), facts)
@@ -316,6 +320,7 @@ def prepare_dpo(run: Run, recipe: Recipe) -> None:
     with storage.new_folder(
         run.data("dpo"), kind="dpo", inputs=inputs, config=to_plain(chosen)
     ) as folder:
+        _warn_of_licences((*chosen.sources, *chosen.replay))
         facts = tables.write_preferences(folder, made, chosen, single=from_village)
         storage.manifest_facts(folder, **facts)
     _say_rows(run.data("dpo"), facts)
@@ -345,8 +350,6 @@ def _with_sources(
             "--source PATH"
         )
     sources.refuse_repeated(config.sources)
-    for source in config.sources:
-        _warn_of_licence(source)
     return config
 
 
