@@ -152,11 +152,12 @@ def print_error(message: str, *, kind: str = "error") -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table; a cell may be a number, a text or a rich Text, None is a dash."""
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    table = Table(title=Text(title), title_justify="left", title_style="bold", header_style="bold")
     for name in columns:
         table.add_column(name)
     for row in rows:
-        table.add_row(*(cell if isinstance(cell, Text) else _cell(cell) for cell in row))
+        # As Text, or rich would take what stands in square brackets for markup.
+        table.add_row(*(cell if isinstance(cell, Text) else Text(_cell(cell)) for cell in row))
     output_console().print(table)
 
 

@@ -154,7 +154,7 @@ class _Printer:
             self._is_prompt = False
             return
         self._ids += [token for token in value.flatten().tolist() if token not in self._ends]
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True).lstrip()
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             console.print_raw(text[len(self.text) :])
             self.text = text

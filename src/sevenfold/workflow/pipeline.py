@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import importlib
 import time
 from pathlib import Path
@@ -72,7 +71,6 @@ def run_all(options: argparse.Namespace) -> None:
             for index, step in enumerate(chosen):
                 _announce(step, chosen, index)
                 _perform(step, job, options, gates_file)
-                release_models()
         except GateRefusedError:
             _close(job, started_at_s, talk=False)
             raise
@@ -129,6 +127,7 @@ def _judge(stage: str, job: Job, force: str | None, gates_file: Path) -> None:
     """Measure and judge ``stage``; what has been measured already is not measured again."""
     release_models()
     steps.call("evaluation", "evaluate_stage")(job.run, job.recipe, stage)
+    release_models()
     try:
         steps.call("evaluation", "check_stage")(job.run, job.recipe, stage, gates_file)
     except GateRefusedError as refusal:
@@ -139,7 +138,6 @@ def _judge(stage: str, job: Job, force: str | None, gates_file: Path) -> None:
 
 def release_models() -> None:
     """Drop what a stage left in memory, so that the next one starts from the same free memory."""
-    gc.collect()
     hardware: Any = importlib.import_module("sevenfold.base.hardware")
     hardware.release_memory()
 

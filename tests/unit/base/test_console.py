@@ -27,11 +27,11 @@ def restored_logging() -> Iterator[None]:
 
 def test_lines_and_tables(capsys: pytest.CaptureFixture[str]) -> None:
     console.print_line("plain [bold]as it is[/bold]")
-    console.print_table("things", ["name", "value"], [["a", 1.23456], ["b", None], ["c", 7]])
+    console.print_table("things", ["name", "value"], [["a", 1.23456], ["b [red]", None]])
     printed = capsys.readouterr().out
     assert printed.startswith("plain [bold]as it is[/bold]\nthings\n")
     assert "1.235" in printed
-    assert "│ b    │ -" in printed
+    assert "│ b [red] │ -" in printed
 
 
 def test_an_error_is_one_line_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,6 +61,7 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
     made = Workshop()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(steps, "call", made.call)
+    monkeypatch.setattr(pipeline, "release_models", lambda: None)
     monkeypatch.setattr(report, "write_report", lambda run: run.folder / "report.html")
 
     def print_conversations(run: Run, stage: str) -> None:
@@ -148,7 +149,9 @@ def test_a_misspelt_gate_stops_before_anything_is_done(
     workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gates = tmp_path / "gates.yaml"
-    gates.write_text("confidence: 0.95\ndemo: {sft: [{metric: vilage_facts, min: 0.5, min_samples: 9}]}\n")
+    gates.write_text(
+        "confidence: 0.95\ndemo: {sft: [{metric: vilage_facts, min: 0.5, min_samples: 9}]}\n"
+    )
     assert cli.execute(["run", "--gates", str(gates)]) == 2
     assert "did you mean 'village_facts'" in capsys.readouterr().err
     assert workshop.done == []

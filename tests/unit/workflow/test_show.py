@@ -1,0 +1,124 @@
+"""Commands that look at a run, on a small run made by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sevenfold.base import storage
+from sevenfold.base.records import Run, write_run
+from sevenfold.workflow import cli
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    made = write_run(tmp_path / "run", preset="demo", recipe={"seed": 1})
+    with storage.new_folder(made.data("raw"), kind="raw", inputs={"village": "0" * 64}) as folder:
+        (folder / "documents.jsonl").write_text('{"text": "a"}\n')
+    raw = storage.read_manifest(made.data("raw"))["fingerprint"]
+    with storage.new_folder(made.data("clean"), kind="clean", inputs={"raw": raw}) as folder:
+        (folder / "train.jsonl").write_text('{"text": "a"}\n')
+    with storage.new_folder(made.model("sft"), kind="model") as folder:
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(b"weights")
+    with storage.new_folder(
+        made.stage("sft") / "checkpoints" / "step-00000020", kind="checkpoint"
+    ) as folder:
+        (folder / "model.safetensors").write_bytes(bytes(2**20))
+    (made.stage("sft") / "checkpoints" / "step-00000030").mkdir()
+    made.write_record("sft", {"stage": "sft", "inputs": {}})
+    lines = storage.JsonLines(made.stage("sft") / "metrics.jsonl")
+    lines.append({"step": 10, "loss": 2.5, "tok_s": 1000.0})
+    lines.append({"step": 20, "loss": 1.25, "tok_s": 2000.0})
+    return made
+
+
+def test_verify_counts_what_it_checked(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.execute(["verify", str(run.folder)]) == 0
+    assert "4 folders, 5 files, all as written" in capsys.readouterr().out
+
+
+def test_verify_names_what_is_damaged(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    (run.model("sft") / "model.safetensors").write_bytes(b"weirdos")
+    assert cli.execute(["verify", str(run.folder)]) == 4
+    printed = capsys.readouterr().err
+    assert "1 of 4 folders are damaged" in printed
+    assert "model.safetensors: its SHA-256 is not the manifest's" in printed
+    assert "run the step that makes it again" in printed
+
+
+def test_lineage_follows_fingerprints(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.execute(["lineage", str(run.folder)]) == 0
+    printed = capsys.readouterr().out
+    raw = storage.read_manifest(run.data("raw"))["fingerprint"][:12]
+    assert f"data/raw (here, {raw})" in printed
+    assert "outside" in printed
+
+
+def test_checkpoints_lists_complete_ones_only(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.execute(["checkpoints", str(run.folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "step-00000020" in printed
+    assert "0.001 GiB" in printed
+    assert "step-00000030" not in printed
+
+
+def test_watch_shows_the_newest_step(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.execute(["watch", str(run.folder), "--once"]) == 0
+    assert capsys.readouterr().out == "sft step 20  loss 1.2500  2,000 tok/s\n"
+
+
+def test_watch_of_a_run_that_has_not_begun(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "new", preset="demo", recipe={})
+    assert cli.execute(["watch", str(tmp_path / "new"), "--once"]) == 0
+    assert "nothing has trained yet" in capsys.readouterr().out
+
+
+def test_export_copies_checked_bytes_and_says_what_the_gate_said(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "elsewhere" / "model"
+    assert cli.execute(["export", str(run.folder), "sft", str(target)]) == 0
+    assert "NOT promoted by its gate" in capsys.readouterr().out
+    assert (target / "model.safetensors").read_bytes() == b"weights"
+    original = storage.read_manifest(run.model("sft"))
+    assert storage.verify_folder(target)["fingerprint"] == original["fingerprint"]
+    assert cli.execute(["export", str(run.folder), "sft", str(target)]) == 2
+    assert "exists already; name a new folder" in capsys.readouterr().err
+    assert cli.execute(["export", str(run.folder), "dpo", str(tmp_path / "x")]) == 2
+    assert "run scripts/09_dpo.py first" in capsys.readouterr().err
+
+
+def test_a_damaged_model_is_not_exported(run: Run, tmp_path: Path) -> None:
+    (run.model("sft") / "config.json").write_text("[]")
+    assert cli.execute(["export", str(run.folder), "sft", str(tmp_path / "x")]) == 4
+    assert not (tmp_path / "x").exists()
+
+
+def test_doctor_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from importlib import metadata
+
+    installed = metadata.version
+
+    def version(name: str) -> str:
+        if name == "liger-kernel":
+            raise metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert cli.execute(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "pip install -e '.[kernels]'" in printed
+    assert "transformers" in printed
+    assert "free disk" in printed
+
+
+def test_report_is_written(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.execute(["report", str(run.folder)]) == 0
+    assert capsys.readouterr().out == f"{run.folder / 'report.html'}\n"
+    assert (run.folder / "report.html").is_file()
