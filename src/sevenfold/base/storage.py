@@ -2,8 +2,8 @@
 
 A file is written beside its target, flushed to the disk, renamed into place, and the directory
 flushed; a folder likewise, with a ``manifest.json`` of its files' SHA-256. Each of these
-operations is a numbered point at which ``SEVENFOLD_FAULTS="kill@fs:N"`` ends the process, so that
-tests can stop it between any two of them.
+operations is a numbered point at which a fault may be injected (``base/faults.py``), so that tests
+can stop the process between any two of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import logging
 import math
 import os
 import shutil
-import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,22 +26,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sevenfold.base import faults
 from sevenfold.base.errors import BadDataError, RunInUseError, SevenfoldError, UsageError
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-FAULTS_VARIABLE = "SEVENFOLD_FAULTS"
-_operations_done = 0
-
-
-def fault_point() -> None:
-    """Count one storage operation; end the process here if a fault asks for it."""
-    global _operations_done
-    _operations_done += 1
-    for fault in os.environ.get(FAULTS_VARIABLE, "").split(";"):
-        if fault == f"kill@fs:{_operations_done}":
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def sha256_file(path: Path) -> str:
@@ -53,7 +42,7 @@ def sha256_file(path: Path) -> str:
 
 def sync_directory(folder: Path) -> None:
     """Make renames inside ``folder`` durable."""
-    fault_point()
+    faults.at_storage_operation()
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -70,11 +59,11 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.partial-{os.getpid()}"
     try:
-        fault_point()
+        faults.at_storage_operation()
         write(temporary)
-        fault_point()
+        faults.at_storage_operation()
         _sync_file(temporary)
-        fault_point()
+        faults.at_storage_operation()
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -168,7 +157,7 @@ def new_folder(target: Path, *, kind: str, **facts: Any) -> Iterator[Path]:
             extra.unlink()
         for path in sorted(temporary.rglob("*")):
             if path.is_file():
-                fault_point()
+                faults.at_storage_operation()
                 _sync_file(path)
         write_manifest(temporary, kind=kind, **facts)
     except OSError as error:
@@ -179,9 +168,9 @@ def new_folder(target: Path, *, kind: str, **facts: Any) -> Iterator[Path]:
         raise
     replaced = target.parent / f".{target.name}.replaced"
     if target.exists():
-        fault_point()
+        faults.at_storage_operation()
         target.rename(replaced)
-    fault_point()
+    faults.at_storage_operation()
     temporary.rename(target)
     sync_directory(target.parent)
     remove_folder(replaced)
@@ -196,25 +185,25 @@ def remove_folder(folder: Path) -> None:
     """Remove ``folder`` if it exists, after renaming it so that no half of it is ever seen."""
     if not folder.exists():
         return
-    fault_point()
+    faults.at_storage_operation()
     doomed = folder.parent / f".{folder.name}.partial-removed"
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
-    fault_point()
+    faults.at_storage_operation()
     shutil.rmtree(doomed)
 
 
 def remove_file(path: Path) -> None:
     """Remove one file if it exists, durably."""
     if path.exists():
-        fault_point()
+        faults.at_storage_operation()
         path.unlink()
         sync_directory(path.parent)
 
 
 def move_folder(folder: Path, target: Path) -> None:
     """Rename ``folder`` to ``target``, durably."""
-    fault_point()
+    faults.at_storage_operation()
     folder.rename(target)
     sync_directory(target.parent)
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sevenfold.base import faults
 from sevenfold.base.errors import CheckpointError, MemoryExhaustedError, StoppedError
 from sevenfold.base.hardware import OOMHandler, peak_memory_gib, release_memory
 from sevenfold.base.storage import JsonLines
@@ -142,6 +143,7 @@ def train_step(bench: Workbench, batch: Batch, length: int, stop: StopRequest) -
     loss = sums.pop("total") / weight if weight else 0.0
     row = {"loss": loss, "grad_norm": norm, "lr": rate}
     if weight and torch.isfinite(torch.tensor([loss, norm])).all():
+        faults.at_step(bench.step + 1, "optimizer")
         bench.optimizer.step()
         bench.guard.accept()
     else:
@@ -162,9 +164,13 @@ def _accumulate(bench: Workbench, batch: Batch, length: int, weight: float) -> d
     rows = bench.memory.micro_batch * bench.config.longest_context // length
     sums: dict[str, Tensor] = {}
     for micro_batch in batch.split(rows):
+        asked = faults.at_step(bench.step + 1, "forward")
         with bench.autocast():
             summed = bench.objective.total(bench.scorer, micro_batch.to(bench.processes.device))
-        (summed.total * (world / max(weight, 1.0))).backward()
+        if "oom" in asked | faults.at_step(bench.step + 1, "backward"):
+            raise torch.OutOfMemoryError("injected")
+        factor = float("nan") if "nan" in asked else world / max(weight, 1.0)
+        (summed.total * factor).backward()
         for name, value in {"total": summed.total.detach(), **summed.extras}.items():
             sums[name] = sums.get(name, 0.0) + value
     values = bench.processes.sum(torch.stack(list(sums.values())).double().tolist())

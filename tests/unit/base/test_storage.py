@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sevenfold.base import storage
+from sevenfold.base import faults, storage
 from sevenfold.base.errors import (
     BadDataError,
     CheckpointError,
@@ -190,7 +190,7 @@ def test_json_lines_survive_a_half_written_line_and_rewind(tmp_path: Path) -> No
 HOLD = """
 import sys
 from pathlib import Path
-from sevenfold.base import storage
+from sevenfold.base import faults, storage
 with storage.lock_run(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -232,7 +232,7 @@ def test_a_run_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
 KILLED = """
 import sys
 from pathlib import Path
-from sevenfold.base import storage
+from sevenfold.base import faults, storage
 with storage.new_folder(Path(sys.argv[1]), kind="thing") as folder:
     (folder / "a").write_text("new")
 """
@@ -245,7 +245,7 @@ def test_a_kill_between_any_two_operations_leaves_old_or_new(
     target = tmp_path / "out"
     with storage.new_folder(target, kind="thing") as folder:
         (folder / "a").write_text("old")
-    environment = {**os.environ, storage.FAULTS_VARIABLE: f"kill@fs:{operation}"}
+    environment = {**os.environ, faults.VARIABLE: f"kill@fs:{operation}"}
     command = [sys.executable, "-c", KILLED, str(target)]
     code = subprocess.run(command, env=environment, check=False).returncode
     assert code in (-9, 0)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sevenfold.base import faults
 from sevenfold.base.errors import CheckpointError
 from sevenfold.train.checkpoint import Checkpoints, Snapshot, random_state, restore_random_state
 
@@ -111,9 +112,7 @@ def test_killed_at_any_file_operation_one_checkpoint_is_whole(tmp_path: Path) ->
         child = os.fork()
         if child == 0:
             os.environ["SEVENFOLD_FAULTS"] = f"kill@fs:{point}"
-            from sevenfold.base import storage
-
-            storage._operations_done = 0
+            faults._operations_done = 0
             saved(folder, 1, 2, keep=1)
             os._exit(0)
         _, status = os.waitpid(child, 0)
