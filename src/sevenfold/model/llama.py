@@ -175,7 +175,7 @@ def plain_name(name: str) -> str:
 
 def save_model(
     model: nn.Module,
-    tokenizer_folder: Path,
+    tokenizer_folder: Path | None,
     target: Path,
     dtype: torch.dtype,
     *,
@@ -186,7 +186,8 @@ def save_model(
 
     Args:
         model: the model, compiled or not; an adapter must have been merged.
-        tokenizer_folder: the tokenizer whose entries the model's vocabulary rows belong to.
+        tokenizer_folder: the tokenizer whose entries the model's vocabulary rows belong to; None,
+            or a folder without one, where the model was trained on ids alone.
         target: the folder to make; an existing one is replaced when the new one is complete.
         dtype: type of the weights written.
         state_dict: all weights, where ``model`` itself holds only a share of them.
@@ -200,37 +201,41 @@ def save_model(
     from huggingface_hub import save_torch_state_dict
 
     inner: Any = unwrap_compiled_model(model)
-    tokenizer = load_tokenizer(tokenizer_folder)
-    check_vocabulary(tokenizer, tokenizer_folder, inner.config.get_text_config().vocab_size)
+    num_rows = inner.config.get_text_config().vocab_size
     state = _state_to_save(inner, state_dict, dtype)
     with storage.new_folder(target, kind="model", **facts) as folder:
         config = copy.deepcopy(inner.config)
         config.architectures = [type(inner).__name__]
         config.dtype = dtype
         config.use_cache = True
-        config.bos_token_id = tokenizer.bos_token_id
-        config.eos_token_id = tokenizer.eos_token_id
-        config.pad_token_id = tokenizer.pad_token_id
+        if tokenizer_folder is not None and (tokenizer_folder / "tokenizer.json").is_file():
+            tokenizer = load_tokenizer(tokenizer_folder)
+            check_vocabulary(tokenizer, tokenizer_folder, num_rows, exact=False)
+            config.bos_token_id = tokenizer.bos_token_id
+            config.eos_token_id = tokenizer.eos_token_id
+            config.pad_token_id = tokenizer.pad_token_id
+            _generation_config(tokenizer, num_rows).save_pretrained(folder)
+            for name in TOKENIZER_FILES:
+                if (tokenizer_folder / name).is_file():
+                    storage.write_bytes(folder / name, (tokenizer_folder / name).read_bytes())
         config.save_pretrained(folder)
-        _generation_config(tokenizer).save_pretrained(folder)
         save_torch_state_dict(
             state, folder, max_shard_size=MAX_SHARD_SIZE, metadata={"format": "pt"}
         )
-        for name in TOKENIZER_FILES:
-            if (tokenizer_folder / name).is_file():
-                storage.write_bytes(folder / name, (tokenizer_folder / name).read_bytes())
     return storage.read_manifest(target)
 
 
 def check_vocabulary(
-    tokenizer: PreTrainedTokenizerBase, tokenizer_folder: Path, num_rows: int
+    tokenizer: PreTrainedTokenizerBase, tokenizer_folder: Path, num_rows: int, *, exact: bool = True
 ) -> None:
     """Refuse a tokenizer that has another number of entries than the model has rows.
+
+    Models from outside often have more rows than entries; not ``exact`` lets them pass.
 
     Errors:
         BadDataError: the two numbers differ.
     """
-    if len(tokenizer) != num_rows:
+    if len(tokenizer) > num_rows or (exact and len(tokenizer) != num_rows):
         raise BadDataError(
             f"{tokenizer_folder}: {len(tokenizer)} entries, but the model has {num_rows} "
             "vocabulary rows; every row needs a token, so train the tokenizer with "
@@ -264,14 +269,15 @@ def _state_to_save(
     return state
 
 
-def _generation_config(tokenizer: PreTrainedTokenizerBase) -> Any:
+def _generation_config(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> Any:
     from transformers import GenerationConfig
 
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=[end for end in stop_ids(tokenizer) if end is not None] or None,
         pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=reserved_ids(tokenizer) or None,
+        # Neither a reserved token nor a padded row without one may ever be generated.
+        suppress_tokens=[*reserved_ids(tokenizer), *range(len(tokenizer), num_rows)] or None,
     )
 
 

@@ -1,1 +1,1 @@
-"""Measure a model and judge it: tasks, safety, statistics, likelihood, generation, evaluate, gates, report."""
+"""Measure a model and judge it: tasks and safety, statistics, evaluate, gates, report."""

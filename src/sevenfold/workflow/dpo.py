@@ -27,7 +27,7 @@ def dpo(run: records.Run, recipe: Recipe, options: training.StageOptions) -> Non
         section=recipe.dpo,
         config=recipe.dpo.train,
         source=source,
-        data=training.open_data(run, "dpo"),
+        data=training.open_rows(run, recipe, "dpo", source),
         options=options,
     )
     if job is None:
@@ -48,7 +48,7 @@ def preference_rows(job: training.Job) -> tuple[PackedPreferences, PackedPrefere
     """Pack the prepared preferences, for training and held out."""
     from datasets import load_from_disk
 
-    pad_id = llama.load_tokenizer(job.tokenizer).pad_token_id
+    pad_id = llama.load_tokenizer(job.source.folder).pad_token_id or 0
     packed = []
     for part in ("rows", "validation"):
         table = load_from_disk(str(job.run.data("dpo") / part))

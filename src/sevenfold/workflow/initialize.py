@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 STAGE = "init"
 
 
-def initialize(run: Run, recipe: Recipe) -> dict[str, Any]:
+def initialize(run: Run, recipe: Recipe, *, ids_only: bool = False) -> dict[str, Any]:
     """Make the run's initial model and return its record; nothing is done where it is there.
+
+    With ``ids_only`` there need be no tokenizer: the model is to be trained on packed ids.
 
     Errors:
         UsageError: there is no tokenizer yet, or the untrained model's loss is not that of
@@ -29,16 +31,18 @@ def initialize(run: Run, recipe: Recipe) -> dict[str, Any]:
         BadDataError: the tokenizer has another number of entries than the model has rows.
     """
     asked = {"seed": recipe.seed, "model": to_plain(recipe.model), "init": to_plain(recipe.init)}
-    manifest = storage.read_manifest(run.tokenizer, made_by="scripts/03_tokenize_and_pack.py")
-    inputs = {"tokenizer": manifest["fingerprint"]}
+    inputs = {}
+    if not ids_only or run.tokenizer.is_dir():
+        manifest = storage.read_manifest(run.tokenizer, made_by="scripts/03_tokenize_and_pack.py")
+        inputs = {"tokenizer": manifest["fingerprint"]}
     if (record := _finished(run, inputs, asked)) is not None:
         print_line(f"init: {run.model(STAGE)} is up to date")
         return record
     started_s = time.perf_counter()
     dtype = llama.DTYPES[recipe.init.dtype]
-    llama.check_vocabulary(
-        llama.load_tokenizer(run.tokenizer), run.tokenizer, recipe.model.vocab_size
-    )
+    if inputs:
+        tokenizer = llama.load_tokenizer(run.tokenizer)
+        llama.check_vocabulary(tokenizer, run.tokenizer, recipe.model.vocab_size)
     model = llama.initialize(recipe.model, recipe.init, recipe.seed, dtype, training_device())
     start = llama.check_start(model, recipe.seed)
     saved = llama.save_model(

@@ -24,7 +24,7 @@ def lora(run: records.Run, recipe: Recipe, options: training.StageOptions) -> No
         section=recipe.lora,
         config=recipe.lora.train,
         source=source,
-        data=training.open_data(run, "lora"),
+        data=training.open_rows(run, recipe, "lora", source),
         options=options,
     )
     if job is None:
@@ -60,4 +60,4 @@ def _export(job: training.Job, trained: dict[str, torch.Tensor]) -> None:
         base_fingerprint=job.source.fingerprint,
     )
     merged = adapters.merge_adapter(whole)
-    llama.save_model(merged, job.tokenizer, job.run.model("lora"), training.model_dtype(job))
+    llama.save_model(merged, job.source.folder, job.run.model("lora"), training.model_dtype(job))

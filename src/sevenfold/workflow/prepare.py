@@ -273,16 +273,30 @@ def _tokenizer_fingerprint(run: Run) -> str:
 # --- 06 and 08 ----------------------------------------------------------------------------------
 
 
-def prepare_sft(run: Run, recipe: Recipe, stages: Sequence[str] = ("sft", "lora")) -> None:
+def prepare_rows(run: Run, recipe: Recipe, stage: str, tokenizer_folder: Path) -> None:
+    """Prepare a stage's rows with the tokenizer of a model from outside the run."""
+    if stage == "dpo":
+        prepare_dpo(run, recipe, tokenizer_folder)
+    else:
+        prepare_sft(run, recipe, (stage,), tokenizer_folder)
+
+
+def prepare_sft(
+    run: Run,
+    recipe: Recipe,
+    stages: Sequence[str] = ("sft", "lora"),
+    tokenizer_folder: Path | None = None,
+) -> None:
     """Write ``data/sft`` and ``data/lora``: tokenised conversations with their loss masks.
 
     LoRA without sources of its own takes the village's new domain, or else what SFT takes.
+    ``tokenizer_folder`` holds another tokenizer than the run's.
 
     Errors:
         UsageError: no source, or no tokenizer.
         BadDataError: a row is wrong; with file, line and field.
     """
-    made = _existing_tokenizer(run, recipe)
+    made, identity = _row_tokenizer(run, recipe, tokenizer_folder)
     warned: list[SourceConfig] = []
     for stage in stages:
         config = recipe.sft.data if stage == "sft" else recipe.lora.data
@@ -290,7 +304,7 @@ def prepare_sft(run: Run, recipe: Recipe, stages: Sequence[str] = ("sft", "lora"
             wanted = recipe.sft.data
             config = dataclasses.replace(config, sources=wanted.sources, weights=wanted.weights)
         chosen = _with_sources(run, recipe, stage, config)
-        inputs = _row_inputs(run, chosen.sources)
+        inputs = _row_inputs(identity, chosen.sources)
         if is_current(run.data(stage), inputs, to_plain(chosen)):
             continue
         with storage.new_folder(
@@ -303,18 +317,18 @@ def prepare_sft(run: Run, recipe: Recipe, stages: Sequence[str] = ("sft", "lora"
         _say_rows(run.data(stage), facts)
 
 
-def prepare_dpo(run: Run, recipe: Recipe) -> None:
-    """Write ``data/dpo``: tokenised preference pairs.
+def prepare_dpo(run: Run, recipe: Recipe, tokenizer_folder: Path | None = None) -> None:
+    """Write ``data/dpo``: tokenised preference pairs; ``tokenizer_folder`` as for SFT.
 
     Errors:
         UsageError: no source, or no tokenizer.
         BadDataError: a row is wrong; with file, line and field.
     """
-    made = _existing_tokenizer(run, recipe)
+    made, identity = _row_tokenizer(run, recipe, tokenizer_folder)
     chosen = _with_sources(run, recipe, "dpo", recipe.dpo.data)
     assert isinstance(chosen, chat.PreferenceDataConfig)
     from_village = not recipe.dpo.data.sources
-    inputs = _row_inputs(run, (*chosen.sources, *chosen.replay))
+    inputs = _row_inputs(identity, (*chosen.sources, *chosen.replay))
     if is_current(run.data("dpo"), inputs, to_plain(chosen)):
         return
     with storage.new_folder(
@@ -324,6 +338,14 @@ def prepare_dpo(run: Run, recipe: Recipe) -> None:
         facts = tables.write_preferences(folder, made, chosen, single=from_village)
         storage.manifest_facts(folder, **facts)
     _say_rows(run.data("dpo"), facts)
+
+
+def _row_tokenizer(run: Run, recipe: Recipe, folder: Path | None) -> tuple[Any, str]:
+    """Return the tokenizer that rows are made with, and what identifies it in their manifest."""
+    if folder is None:
+        return _existing_tokenizer(run, recipe), _tokenizer_fingerprint(run)
+    made = tokenizer.load_tokenizer(folder)
+    return made, tokenizer.tokenizer_fingerprint(made)
 
 
 def _existing_tokenizer(run: Run, recipe: Recipe) -> Any:
@@ -353,9 +375,9 @@ def _with_sources(
     return config
 
 
-def _row_inputs(run: Run, chosen: Sequence[SourceConfig]) -> dict[str, str]:
+def _row_inputs(tokenizer_identity: str, chosen: Sequence[SourceConfig]) -> dict[str, str]:
     found = {source.location: source_fingerprint(source) for source in chosen}
-    return {"tokenizer": _tokenizer_fingerprint(run), **found}
+    return {"tokenizer": tokenizer_identity, **found}
 
 
 def _say_rows(folder: Path, facts: dict[str, Any]) -> None:

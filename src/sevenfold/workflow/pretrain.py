@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+from typing import Any
+
 from sevenfold.base import records, storage
 from sevenfold.data.batches import PackedText
 from sevenfold.data.shards import open_shards
 from sevenfold.model import llama
 from sevenfold.objective.next_token import NEXT_TOKEN
-from sevenfold.workflow import training, workbench
+from sevenfold.train import parallel
+from sevenfold.workflow import prepare, prepared, training, workbench
+from sevenfold.workflow.initialize import initialize
 from sevenfold.workflow.recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 
 def pretrain(run: records.Run, recipe: Recipe, options: training.StageOptions) -> None:
     """Train the initial model on ``data/packed``, or on the folder given with ``--data``."""
     config = recipe.pretrain
+    if options.data is None:
+        prepared.require_current(run, "packed")
+    elif options.start_from is None:
+        _initialize_for_ids(run, recipe, options.data)
     source = training.open_source(run, "init", options)
-    tokenizer = llama.load_tokenizer(source.folder if source.external else run.tokenizer)
+    tokenizer = _tokenizer_of(source)
+    known = None
+    if tokenizer is not None and not source.external:
+        known = str(storage.read_manifest(run.tokenizer)["fingerprint"])
     shards = open_shards(
         options.data or run.data("packed"),
-        vocab_size=len(tokenizer),
+        vocab_size=recipe.model.vocab_size if tokenizer is None else len(tokenizer),
         min_length=config.longest_context,
-        tokenizer_fingerprint=storage.read_manifest(run.tokenizer)["fingerprint"],
+        tokenizer_fingerprint=known,
     )
     job = training.open_job(
         run,
@@ -34,7 +49,10 @@ def pretrain(run: records.Run, recipe: Recipe, options: training.StageOptions) -
     )
     if job is None:
         return
-    bos_id = tokenizer.bos_token_id if config.mask_documents else None
+    bos_id = None if tokenizer is None else tokenizer.bos_token_id
+    if config.mask_documents and bos_id is None:
+        log.warning("no tokenizer says where documents begin: rows are read as plain text")
+    bos_id = bos_id if config.mask_documents else None
     scorer = workbench.load_scorer(job)
     workbench.place(scorer, job.config, job.processes)
     bench = workbench.assemble(
@@ -48,3 +66,27 @@ def pretrain(run: records.Run, recipe: Recipe, options: training.StageOptions) -
     training.export(job, bench)
     if job.processes.is_main:
         training.close(job, bench, last)
+
+
+def _initialize_for_ids(run: records.Run, recipe: Recipe, folder: Path) -> None:
+    """Make what steps 01 to 04 would have made for a folder of packed ids.
+
+    The ids are checked first. A tokenizer is taken over where ``tokenizer.path`` names one.
+    """
+    open_shards(
+        folder,
+        vocab_size=recipe.model.vocab_size,
+        min_length=recipe.pretrain.longest_context,
+    )
+    if recipe.tokenizer.path is not None:
+        prepare.make_tokenizer(run, recipe)
+    if parallel.join().is_main:
+        initialize(run, recipe, ids_only=True)
+    parallel.join().wait()
+
+
+def _tokenizer_of(source: records.Source) -> Any:
+    """Return the tokenizer beside a model, or None where it was trained on ids alone."""
+    if not (source.folder / "tokenizer.json").is_file():
+        return None
+    return llama.load_tokenizer(source.folder)

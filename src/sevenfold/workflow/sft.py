@@ -22,7 +22,7 @@ def sft(run: records.Run, recipe: Recipe, options: training.StageOptions) -> Non
         section=recipe.sft,
         config=recipe.sft.train,
         source=source,
-        data=training.open_data(run, "sft"),
+        data=training.open_rows(run, recipe, "sft", source),
         options=options,
     )
     if job is None:
@@ -43,7 +43,7 @@ def conversation_rows(
     """Pack the prepared conversations, for training and held out."""
     from datasets import load_from_disk
 
-    pad_id = llama.load_tokenizer(job.tokenizer).pad_token_id
+    pad_id = llama.load_tokenizer(job.source.folder).pad_token_id or 0
     packed = []
     for part in ("rows", "validation"):
         table = load_from_disk(str(folder / part))

@@ -20,6 +20,7 @@ from sevenfold.base.hardware import detect_gpu_type
 from sevenfold.model import float8, llama
 from sevenfold.train import loop, parallel
 from sevenfold.train.config import TrainConfig
+from sevenfold.workflow import prepare, prepared
 from sevenfold.workflow.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -61,11 +62,6 @@ class Job:
         """The stage's folder."""
         return self.run.stage(self.stage)
 
-    @property
-    def tokenizer(self) -> Path:
-        """The tokenizer that goes with the model: its own where it came from outside."""
-        return self.source.folder if self.source.external else self.run.tokenizer
-
 
 def decide(config: TrainConfig) -> TrainConfig:
     """Replace ``auto`` by what this machine's GPU is best at.
@@ -101,16 +97,21 @@ def open_source(run: records.Run, previous: str, options: StageOptions) -> recor
     return records.Source(folder=folder, fingerprint=found, stage="external", external=True)
 
 
-def open_data(run: records.Run, name: str) -> str:
-    """Check prepared rows byte for byte and return their fingerprint.
+def open_rows(run: records.Run, recipe: Recipe, stage: str, source: records.Source) -> str:
+    """Check a stage's prepared rows byte for byte and return their fingerprint.
+
+    A model from outside brings its own tokenizer, so the rows are made anew with that one.
 
     Errors:
-        UsageError: they have not been prepared; the message names the script.
+        UsageError: they have not been prepared, or from something that was replaced since; the
+            message names the script.
         BadDataError: a file has changed since.
     """
-    script = "scripts/08_prepare_dpo_data.py" if name == "dpo" else "scripts/06_prepare_sft_data.py"
-    storage.read_manifest(run.data(name), made_by=script)
-    return str(storage.verify_folder(run.data(name))["fingerprint"])
+    if source.external:
+        prepare.prepare_rows(run, recipe, stage, source.folder)
+    else:
+        prepared.require_current(run, stage)
+    return str(storage.verify_folder(run.data(stage))["fingerprint"])
 
 
 def open_job(
@@ -226,7 +227,7 @@ def export(job: Job, bench: loop.Workbench) -> None:
     if job.processes.is_main:
         llama.save_model(
             bench.scorer.causal_model,
-            job.tokenizer,
+            job.source.folder,
             job.run.model(job.stage),
             model_dtype(job),
             state_dict=state,
