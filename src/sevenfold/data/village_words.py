@@ -158,8 +158,9 @@ SUM_QUESTIONS = (
 SUM_ANSWER = "It is {total}."
 
 GIFT_STATEMENTS = ("{who} got a {colour} {thing}.", "{who} found a {colour} {thing}.")
-GIFT_RECALL = "The {thing} is {colour}."
-GIFT_QUESTION = "What colour is the {thing}?"
+# The name is said again, so that a model learns to repeat a name it was never asked about.
+GIFT_RECALL = "The {thing} of {who} is {colour}."
+GIFT_QUESTION = "What colour is the {thing} of {who}?"
 
 HOW_TO_STATEMENTS = (
     "To {verb} the {thing}, use the {tool}.",
