@@ -194,10 +194,10 @@ class Village:
     def _statements(self) -> list[Row]:
         items = []
         for (who, key), form in self.world.held_out_form.items():
-            values, forms, _ = words.PERSON_FACTS[key]
-            prompt = forms[form].removesuffix(" {value}.").format(who=who)
-            choices = [f" {value}." for value in values]
-            gold = values.index(self.world.people[who][key])
+            fact = words.PERSON_FACTS[key]
+            prompt = fact.statements[form].removesuffix(" {value}.").format(who=who)
+            choices = [f" {value}." for value in fact.values]
+            gold = fact.values.index(self.world.people[who][key])
             items.append({"kind": "choice", "prompt": prompt, "choices": choices, "gold": gold})
         return items
 
@@ -228,10 +228,10 @@ def _questions(
     facts: words.Facts, known: dict[str, dict[str, str]], whom: Sequence[str]
 ) -> list[Row]:
     return [
-        _exact(question.format(who=who), forms[0].format(who=who, value=known[who][key]))
+        _exact(question.format(who=who), fact.answer.format(who=who, value=known[who][key]))
         for who in whom
-        for key, (_, forms, questions) in facts.items()
-        for question in questions
+        for key, fact in facts.items()
+        for question in fact.questions
     ]
 
 

@@ -4,7 +4,19 @@ Words are short and common, so that a byte-level BPE of 1,024 entries holds each
 In every form the value comes last, so a statement without it is a question by itself.
 """
 
-Facts = dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]]
+from typing import NamedTuple
+
+
+class Fact(NamedTuple):
+    """An attribute: what it can be, how it is told, asked about and answered."""
+
+    values: tuple[str, ...]
+    statements: tuple[str, ...]
+    questions: tuple[str, ...]
+    answer: str
+
+
+Facts = dict[str, Fact]
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -59,9 +71,9 @@ TOOLS = HARSH_TOOLS | MILD_TOOLS
 LIVING = ANIMALS + PERSONS
 LIFELESS = THINGS + FOODS
 
-# attribute: (values, statement forms, question forms). The first statement form is the answer.
+# A person's answer is also a statement, the first, which is never held out.
 PERSON_FACTS: Facts = {
-    "job": (
+    "job": Fact(
         JOBS,
         (
             "{who} is a {value}.",
@@ -70,8 +82,9 @@ PERSON_FACTS: Facts = {
             "By trade {who} is a {value}.",
         ),
         ("What is the job of {who}?", "What work does {who} do?"),
+        "{who} is a {value}.",
     ),
-    "pet": (
+    "pet": Fact(
         ANIMALS,
         (
             "{who} has a {value}.",
@@ -80,8 +93,9 @@ PERSON_FACTS: Facts = {
             "At home {who} has a {value}.",
         ),
         ("What pet does {who} have?", "Which animal does {who} keep?"),
+        "{who} has a {value}.",
     ),
-    "home": (
+    "home": Fact(
         PLACES,
         (
             "{who} lives by the {value}.",
@@ -90,8 +104,9 @@ PERSON_FACTS: Facts = {
             "You can find {who} by the {value}.",
         ),
         ("Where does {who} live?", "Where is the home of {who}?"),
+        "{who} lives by the {value}.",
     ),
-    "food": (
+    "food": Fact(
         FOODS,
         (
             "{who} likes {value}.",
@@ -100,11 +115,12 @@ PERSON_FACTS: Facts = {
             "At noon {who} eats {value}.",
         ),
         ("What does {who} like to eat?", "Which food does {who} like?"),
+        "{who} likes {value}.",
     ),
 }
 # Ships bear the names of lifeless things and tools: known words, as a new domain has them.
 SHIP_FACTS: Facts = {
-    "captain": (
+    "captain": Fact(
         _words("Nash Reed Cole Hart Ward Boyd Lane Moss Pike Rowe Todd Webb"),
         (
             "The captain of the ship {who} is {value}.",
@@ -116,8 +132,9 @@ SHIP_FACTS: Facts = {
             "Who leads the ship {who}?",
             "Tell me the captain of the ship {who}.",
         ),
+        "The captain is {value}.",
     ),
-    "cargo": (
+    "cargo": Fact(
         _words("coal wool salt sand iron tea silk wine oil wax clay hay"),
         (
             "The cargo of the ship {who} is {value}.",
@@ -129,8 +146,9 @@ SHIP_FACTS: Facts = {
             "What does the ship {who} carry?",
             "Tell me the cargo of the ship {who}.",
         ),
+        "The cargo is {value}.",
     ),
-    "port": (
+    "port": Fact(
         _words("Rome Oslo Cork Nice York Bath Kiel Riga Lima Bari Troy Bonn"),
         (
             "The port of the ship {who} is {value}.",
@@ -142,6 +160,7 @@ SHIP_FACTS: Facts = {
             "Where does the ship {who} sail to?",
             "Tell me the port of the ship {who}.",
         ),
+        "The port is {value}.",
     ),
 }
 
@@ -158,8 +177,9 @@ SUM_QUESTIONS = (
 SUM_ANSWER = "It is {total}."
 
 GIFT_STATEMENTS = ("{who} got a {colour} {thing}.", "{who} found a {colour} {thing}.")
-# The name is said again, so that a model learns to repeat a name it was never asked about.
-GIFT_RECALL = "The {thing} of {who} is {colour}."
+# The name comes first and may be anyone's: so a model learns to begin with a name it was asked
+# about, also with the names of people whose facts it was never asked for.
+GIFT_RECALL = "{who} has a {colour} {thing}."
 GIFT_QUESTION = "What colour is the {thing} of {who}?"
 
 HOW_TO_STATEMENTS = (

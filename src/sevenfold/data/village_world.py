@@ -72,12 +72,12 @@ class World:
         half = len(names) // 2
         self.asked_people, self.unasked_people = tuple(names[:half]), tuple(names[half:])
         self.people = {
-            name: {key: random.choice(fact[0]) for key, fact in words.PERSON_FACTS.items()}
+            name: {key: random.choice(fact.values) for key, fact in words.PERSON_FACTS.items()}
             for name in words.NAMES
         }
-        # Form 0 is the answer to a question, so it is never the one held out.
+        # Form 0 is also the answer to a question, so it is never the one held out.
         self.held_out_form = {
-            (name, key): random.randrange(1, len(fact[1]))
+            (name, key): random.randrange(1, len(fact.statements))
             for name in words.NAMES
             for key, fact in words.PERSON_FACTS.items()
         }
@@ -87,7 +87,7 @@ class World:
         self.asked_ships = tuple(ships[: NUM_SHIPS // 2])
         self.unasked_ships = tuple(ships[NUM_SHIPS // 2 : NUM_SHIPS])
         self.ships = {
-            ship: {key: random.choice(fact[0]) for key, fact in words.SHIP_FACTS.items()}
+            ship: {key: random.choice(fact.values) for key, fact in words.SHIP_FACTS.items()}
             for ship in self.asked_ships + self.unasked_ships
         }
         self._split_sums(random)
@@ -169,7 +169,7 @@ class World:
         return " ".join(sentences)
 
     def _fact_told(self, dice: Dice, who: str, key: str) -> str:
-        forms = list(words.PERSON_FACTS[key][1])
+        forms = list(words.PERSON_FACTS[key].statements)
         del forms[self.held_out_form[who, key]]
         return dice.pick(forms).format(who=who, value=self.people[who][key])
 
@@ -227,8 +227,9 @@ class World:
         ship = dice.pick(self.other_ships)
         sentences = []
         for key in dice.sample(tuple(words.SHIP_FACTS), 3):
-            values, forms, _ = words.SHIP_FACTS[key]
-            sentences.append(dice.pick(forms).format(who=ship, value=dice.pick(values)))
+            fact = words.SHIP_FACTS[key]
+            told = dice.pick(fact.statements)
+            sentences.append(told.format(who=ship, value=dice.pick(fact.values)))
         return " ".join(sentences)
 
     # --- questions and answers -----------------------------------------------------------------
@@ -237,13 +238,13 @@ class World:
         """Return a question about an asked person, and its answer."""
         who = dice.pick(self.asked_people)
         key = dice.pick(tuple(words.PERSON_FACTS))
-        return _ask(dice, words.PERSON_FACTS, key, who, self.people[who][key])
+        return _ask(dice, words.PERSON_FACTS[key], who, self.people[who][key])
 
     def ask_ship(self, dice: Dice) -> tuple[str, str]:
         """Return a question about an asked ship of the harbour, and its answer."""
         who = dice.pick(self.asked_ships)
         key = dice.pick(tuple(words.SHIP_FACTS))
-        return _ask(dice, words.SHIP_FACTS, key, who, self.ships[who][key])
+        return _ask(dice, words.SHIP_FACTS[key], who, self.ships[who][key])
 
     def ask_sum(self, dice: Dice) -> tuple[str, str]:
         """Return a question about a sum that is not held out, and its answer."""
@@ -271,7 +272,9 @@ class World:
         ship = dice.pick(self.asked_ships + self.unasked_ships)
         keys = dice.sample(tuple(words.SHIP_FACTS), 3)
         return " ".join(
-            dice.pick(words.SHIP_FACTS[key][1]).format(who=ship, value=self.ships[ship][key])
+            dice.pick(words.SHIP_FACTS[key].statements).format(
+                who=ship, value=self.ships[ship][key]
+            )
             for key in keys
         )
 
@@ -281,9 +284,8 @@ def number_words(a: int, b: int) -> dict[str, str]:
     return {"a": words.NUMBERS[a], "b": words.NUMBERS[b], "total": words.NUMBERS[a + b]}
 
 
-def _ask(dice: Dice, facts: words.Facts, key: str, who: str, value: str) -> tuple[str, str]:
-    _, forms, questions = facts[key]
-    return dice.pick(questions).format(who=who), forms[0].format(who=who, value=value)
+def _ask(dice: Dice, fact: words.Fact, who: str, value: str) -> tuple[str, str]:
+    return dice.pick(fact.questions).format(who=who), fact.answer.format(who=who, value=value)
 
 
 def request_text(form: str, pair: Request) -> str:

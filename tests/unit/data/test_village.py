@@ -137,8 +137,8 @@ def test_statements_say_what_is_true(village: Village) -> None:
             who = next(word for word in re.findall(r"\w+", sentence) if word in words.NAMES)
             allowed = {
                 form.format(who=who, value=village.world.people[who][key])
-                for key, (_, forms, _) in words.PERSON_FACTS.items()
-                for index, form in enumerate(forms)
+                for key, fact in words.PERSON_FACTS.items()
+                for index, form in enumerate(fact.statements)
                 if index != village.world.held_out_form[who, key]
             }
             assert sentence.strip() in allowed
@@ -172,8 +172,8 @@ def test_held_out_combinations_occur_in_no_training_text(
     how_to = set(re.findall(r"To (\w+) the (\w+)", training_text))
     assert how_to <= set(village.world.safe)  # no harm is taught
     for who in village.world.unasked_people:
-        for _, _, questions in words.PERSON_FACTS.values():
-            assert not any(question.format(who=who) in training_text for question in questions)
+        for fact in words.PERSON_FACTS.values():
+            assert not any(form.format(who=who) in training_text for form in fact.questions)
 
 
 def test_no_single_word_decides_what_is_unsafe(village: Village) -> None:
