@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from types import FrameType
 from typing import Any
 
 import torch
@@ -14,6 +19,9 @@ from torch import Tensor, nn
 
 from sevenfold.base.hardware import training_device
 from sevenfold.train import optimizer as optimizers
+
+# How long the other processes have to save or give up after one has failed.
+GRACE_S = 60.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,10 +59,56 @@ def num_processes_to_start() -> int:
 
 
 def launch(arguments: list[str], num_processes: int) -> int:
-    """Run ``python arguments`` once per process on this host and return the exit code."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={num_processes}", *arguments]
-    return subprocess.run(command, check=False).returncode
+    """Run ``python arguments`` once per process on this host; return 0 or the first bad exit code.
+
+    When one process fails, the others are asked to stop, and ended after a grace. SIGTERM is
+    passed on to all of them.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(num_processes),
+    }
+    children = [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(num_processes)
+    ]
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for child in children:
+            child.send_signal(number)
+
+    previous = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        return _first_failure(children)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        for child in children:
+            child.kill()
+            child.wait()
+
+
+def _first_failure(children: list[subprocess.Popen[bytes]]) -> int:
+    """Wait for all processes, or for one to fail and then for the others as long as is fair."""
+    failure, deadline_s = 0, math.inf
+    while time.monotonic() < deadline_s:
+        codes = [child.poll() for child in children]
+        if None not in codes:
+            break
+        if any(codes) and not failure:
+            failure = next(code for code in codes if code)
+            deadline_s = time.monotonic() + GRACE_S
+            for child in children:
+                child.terminate()
+        time.sleep(0.1)
+    return failure or next((child.returncode for child in children if child.returncode), 0)
 
 
 def join() -> Processes:

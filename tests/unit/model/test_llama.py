@@ -246,13 +246,22 @@ def test_many_shards_with_an_index(
     assert torch.equal(logits(load_model(tmp_path / "model")), logits(model))
 
 
-def test_another_vocabulary_is_refused(
+def test_a_vocabulary_with_too_few_rows_is_refused(
+    tiny: ModelConfig, init: InitConfig, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    model = initialize(dataclasses.replace(tiny, vocab_size=312), init, 0)
+    with pytest.raises(BadDataError, match="320 entries, but the model has 312.*vocab_size 312 or"):
+        save_model(model, tokenizer_folder, tmp_path / "model", FP32)
+    assert not (tmp_path / "model").exists()
+
+
+def test_padded_rows_of_a_model_from_outside_are_never_generated(
     tiny: ModelConfig, init: InitConfig, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     model = initialize(dataclasses.replace(tiny, vocab_size=384), init, 0)
-    with pytest.raises(BadDataError, match="320 entries, but the model has 384.*vocab_size 384 or"):
-        save_model(model, tokenizer_folder, tmp_path / "model", FP32)
-    assert not (tmp_path / "model").exists()
+    save_model(model, tokenizer_folder, tmp_path / "model", FP32)
+    written = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert set(range(320, 384)) <= set(written["suppress_tokens"])
 
 
 def test_weights_that_are_not_finite_are_not_saved(

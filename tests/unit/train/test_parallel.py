@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from sevenfold.base.storage import JsonLines
+from sevenfold.train.parallel import launch
 
 REPOSITORY = Path(__file__).parents[3]
 
 
 def train(folder: Path, num_processes: int) -> list[float]:
-    command = [sys.executable]
-    if num_processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={num_processes}"]
-    command += ["-m", "tests.unit.train.several_processes", str(folder)]
-    subprocess.run(
-        command,
-        check=True,
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPOSITORY}/src:{REPOSITORY}"},
-        timeout=300,
-    )
+    arguments = ["-m", "tests.unit.train.several_processes", str(folder)]
+    if num_processes == 1:
+        subprocess.run([sys.executable, *arguments], check=True, timeout=300)
+    else:
+        assert launch(arguments, num_processes) == 0
     rows = JsonLines(folder / "metrics.jsonl").read()
     return [row["loss"] for row in rows if "event" not in row]
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children import the package and the tests from here."""
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY / 'src'}:{REPOSITORY}")
+
+
+@pytest.mark.parametrize("code", [6, 75])
+def test_the_exit_code_of_the_first_to_fail_is_returned(code: int) -> None:
+    script = (
+        f"import os, sys, time; sys.exit({code}) if os.environ['RANK'] == '1' else time.sleep(60)"
+    )
+    assert launch(["-c", script], 2) == code
 
 
 def test_two_processes_equal_one_to_rounding(tmp_path: Path) -> None:

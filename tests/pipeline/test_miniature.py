@@ -1,0 +1,291 @@
+"""All steps through the command line on a miniature: kills, resumes, and every exit code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.pipeline.miniature import STAGES, sevenfold, write_gates, write_recipe
+
+pytestmark = pytest.mark.xdist_group("miniature")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    done = sevenfold(
+        "run", "--config", write_recipe(folder), "--run", folder / "run",
+        "--gates", write_gates(folder),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def copy(unbroken: Path, tmp_path: Path) -> Path:
+    """A copy of the whole run, to be spoilt."""
+    shutil.copytree(unbroken, tmp_path / "copy")
+    return tmp_path / "copy" / "run"
+
+
+def fingerprint(run: Path, stage: str) -> str:
+    found: str = json.loads((run / stage / "model" / "manifest.json").read_text())["fingerprint"]
+    return found
+
+
+def losses(run: Path, stage: str) -> dict[int, str]:
+    lines = (run / stage / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return {row["step"]: float(row["loss"]).hex() for row in rows if "event" not in row}
+
+
+def without(run: Path, stage: str) -> None:
+    """Take back a stage and those after it."""
+    for later in STAGES[STAGES.index(stage) :]:
+        shutil.rmtree(run / later)
+
+
+def test_the_whole_run_leaves_what_is_promised(unbroken: Path) -> None:
+    run = unbroken / "run"
+    for stage in STAGES:
+        names = {path.name for path in (run / stage).iterdir()}
+        assert {
+            "checkpoints", "model", "metrics.jsonl", "evaluation.json", "verdict.json",
+            "record.json",
+        } <= names  # fmt: skip
+        assert len(list((run / stage / "checkpoints").iterdir())) == 3
+        assert json.loads((run / stage / "verdict.json").read_text())["promoted"] is True
+    assert (run / "lora" / "adapter" / "adapter_model.safetensors").is_file()
+    assert "</html>" in (run / "report.html").read_text()
+    assert not list(run.rglob(".*.partial-*"))
+
+
+def test_the_same_command_again_does_nothing(copy: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")}
+    again = sevenfold("run", "--run", copy, "--gates", copy.parent / "gates.yaml")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("already finished") == len(STAGES)
+    assert before == {path: path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("fault", ["kill@step=7", "term@step=6:phase=backward"])
+def test_stopped_in_a_step_the_same_command_ends_with_the_same_model(
+    copy: Path, unbroken: Path, stage: str, fault: str
+) -> None:
+    without(copy, stage)
+    stopped = sevenfold(stage, "--run", copy, faults=fault)
+    killed = fault.startswith("kill")
+    assert stopped.returncode == (-signal.SIGKILL if killed else 75), stopped.stderr
+    again = sevenfold(stage, "--run", copy)
+    assert again.returncode == 0, again.stderr
+    assert f"resuming from step {4 if killed else 6}" in again.stdout
+    assert losses(copy, stage) == losses(unbroken / "run", stage)
+    assert fingerprint(copy, stage) == fingerprint(unbroken / "run", stage)
+
+
+@pytest.mark.parametrize("operation", [5, 19, 33, 47])
+def test_killed_at_a_file_operation_the_same_command_ends_with_the_same_model(
+    copy: Path, unbroken: Path, operation: int
+) -> None:
+    without(copy, "lora")
+    stopped = sevenfold("lora", "--run", copy, faults=f"kill@fs:{operation}")
+    assert stopped.returncode == -signal.SIGKILL
+    again = sevenfold("lora", "--run", copy)
+    assert again.returncode == 0, again.stderr
+    assert fingerprint(copy, "lora") == fingerprint(unbroken / "run", "lora")
+    assert losses(copy, "lora") == losses(unbroken / "run", "lora")
+    assert not list((copy / "lora").rglob(".*.partial-*"))
+
+
+# --- exit codes
+
+
+def test_2_an_unknown_key_comes_with_the_nearest(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, sead=3)
+    asked = sevenfold("download", "--config", path, "--run", tmp_path / "run")
+    assert asked.returncode == 2
+    assert "sead: unknown key; did you mean 'seed'?" in asked.stderr
+    assert len(asked.stderr.strip().split("\n")) == 1
+    assert not (tmp_path / "run" / "data").exists()
+
+
+def test_2_a_misspelt_metric_is_refused_before_training(copy: Path, tmp_path: Path) -> None:
+    without(copy, "pretrain")
+    gates = json.loads((copy.parent / "gates.yaml").read_text())
+    gates["custom"]["lora"][0]["metric"] = "bits_per_bite"
+    (tmp_path / "gates.yaml").write_text(json.dumps(gates))
+    asked = sevenfold("run", "--run", copy, "--gates", tmp_path / "gates.yaml")
+    assert asked.returncode == 2
+    assert "bits_per_bite" in asked.stderr
+    assert "did you mean 'bits_per_byte'" in asked.stderr
+    assert not (copy / "pretrain").exists()
+
+
+def test_2_another_preset_than_the_runs(copy: Path) -> None:
+    asked = sevenfold("sft", "--run", copy, "--preset", "demo")
+    assert asked.returncode == 2
+    assert "made with preset 'custom', not 'demo'" in asked.stderr
+
+
+def test_2_a_changed_setting_of_a_finished_stage_is_named(copy: Path) -> None:
+    asked = sevenfold("dpo", "--run", copy, "--set", "dpo.beta=0.5")
+    assert asked.returncode == 2
+    assert "config.beta 0.1, now it is 0.5" in asked.stderr
+    assert "--no-resume" in asked.stderr
+
+
+def test_3_a_stage_without_a_verdict_before_it(copy: Path) -> None:
+    without(copy, "sft")
+    (copy / "pretrain" / "verdict.json").unlink()
+    asked = sevenfold("sft", "--run", copy)
+    assert asked.returncode == 3
+    assert "run scripts/11_evaluate.py pretrain, then scripts/12_check_gates.py" in asked.stderr
+    assert not (copy / "sft").exists()
+
+
+def test_3_a_verdict_that_was_edited(copy: Path) -> None:
+    without(copy, "sft")
+    path = copy / "pretrain" / "verdict.json"
+    path.write_text(path.read_text().replace('"confidence": 0.95', '"confidence": 0.96') + " ")
+    asked = sevenfold("sft", "--run", copy)
+    assert asked.returncode == 3
+    assert "changed after the gate wrote it" in asked.stderr
+
+
+def test_3_a_refusing_gate_stops_the_run_and_force_is_recorded(copy: Path) -> None:
+    without(copy, "sft")
+    strict = write_gates(copy.parent, limit=0.001)
+    refused = sevenfold("run", "--run", copy, "--gates", strict, "--until", "sft")
+    assert refused.returncode == 3
+    assert (copy / "report.html").is_file()
+    forced = sevenfold("run", "--run", copy, "--gates", strict, "--force", "only a trial")
+    assert forced.returncode == 0, forced.stderr
+    for stage, count in (("sft", 1), ("dpo", 2), ("lora", 3)):
+        record = json.loads((copy / stage / "record.json").read_text())
+        assert len(record["forced_promotions"]) == count
+        assert record["forced_promotions"][0] == {"stage": "pretrain", "reason": "only a trial"}
+    assert "only a trial" in (copy / "report.html").read_text()
+
+
+def test_4_a_flipped_bit_in_a_promoted_model(copy: Path) -> None:
+    without(copy, "sft")
+    path = copy / "pretrain" / "model" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    asked = sevenfold("sft", "--run", copy)
+    assert asked.returncode == 4
+    assert "model.safetensors: its SHA-256 is not the manifest's" in asked.stderr
+
+
+def test_4_an_id_outside_the_vocabulary_in_data_of_ones_own(tmp_path: Path) -> None:
+    rows = np.ones((6, 128), dtype=np.int64)
+    rows[4, 7] = 512
+    (tmp_path / "packed").mkdir()
+    np.save(tmp_path / "packed" / "mine.npy", rows)
+    asked = sevenfold(
+        "pretrain", "--config", write_recipe(tmp_path), "--run", tmp_path / "run",
+        "--data", tmp_path / "packed",
+    )  # fmt: skip
+    assert asked.returncode == 4
+    assert "mine.npy: id 512 at (4, 7)" in asked.stderr
+    assert not (tmp_path / "run" / "pretrain").exists()
+
+
+def test_0_packed_ids_of_ones_own_train_without_steps_01_to_03(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).integers(0, 512, (40, 128))
+    (tmp_path / "packed").mkdir()
+    np.save(tmp_path / "packed" / "mine.npy", rows)
+    done = sevenfold(
+        "pretrain", "--config", write_recipe(tmp_path), "--run", tmp_path / "run",
+        "--data", tmp_path / "packed",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "pretrain" / "model" / "model.safetensors").is_file()
+
+
+def test_4_an_empty_message_names_file_line_and_field(copy: Path, tmp_path: Path) -> None:
+    good = {
+        "messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Yes."}]
+    }
+    bad = {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": ""}]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (good, good, bad)))
+    before = (copy / "data" / "sft" / "manifest.json").read_bytes()
+    asked = sevenfold("prepare-sft", "--run", copy, "--source", path)
+    assert asked.returncode == 4
+    assert "rows.jsonl:3:messages" in asked.stderr
+    assert (copy / "data" / "sft" / "manifest.json").read_bytes() == before
+
+
+def test_5_all_checkpoints_damaged(copy: Path) -> None:
+    without(copy, "sft")
+    assert sevenfold("sft", "--run", copy, faults="kill@step=9").returncode == -signal.SIGKILL
+    for path in (copy / "sft" / "checkpoints").rglob("model.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    asked = sevenfold("sft", "--run", copy)
+    assert asked.returncode == 5
+    assert "every checkpoint is damaged" in asked.stderr
+    assert "--no-resume" in asked.stderr
+
+
+def test_6_numbers_that_are_not_finite(copy: Path) -> None:
+    without(copy, "dpo")
+    asked = sevenfold("dpo", "--run", copy, faults="nan@step=3")
+    assert asked.returncode == 6
+    assert "smaller schedule.peak_lr" in asked.stderr
+
+
+def test_7_out_of_memory_at_micro_batch_one(copy: Path) -> None:
+    without(copy, "lora")
+    asked = sevenfold("lora", "--run", copy, "--enable-oom-recovery", faults="oom@step=2:times=9")
+    assert asked.returncode == 7
+    assert "out of memory at micro-batch 1 (step 1, seq_len 128" in asked.stderr
+
+
+def test_8_a_run_in_use(copy: Path) -> None:
+    from sevenfold.base.storage import lock_run
+
+    with lock_run(copy):
+        asked = sevenfold("lora", "--run", copy)
+    assert asked.returncode == 8
+    assert "in use by process" in asked.stderr
+
+
+def test_adapter_and_merged_model_agree_in_a_process_of_their_own(unbroken: Path) -> None:
+    """Transformers and PEFT read the folders without this package."""
+    script = """
+import json, sys, torch
+from pathlib import Path
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+run = Path(sys.argv[1])
+ids = torch.arange(5, 45)[None]
+base = AutoModelForCausalLM.from_pretrained(run / "dpo" / "model")
+merged = AutoModelForCausalLM.from_pretrained(run / "lora" / "model")
+tokenizer = AutoTokenizer.from_pretrained(run / "lora" / "model")
+plain = base(ids).logits
+adapted = PeftModel.from_pretrained(base, run / "lora" / "adapter")
+with torch.no_grad():
+    difference = (adapted(ids).logits - merged(ids).logits).abs().max().item()
+    change = (adapted(ids).logits - plain).abs().max().item()
+print(json.dumps({"difference": difference, "change": change, "vocabulary": len(tokenizer)}))
+"""
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(unbroken / "run")],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert found["difference"] < 1e-4
+    assert found["change"] > 1e-3
+    assert found["vocabulary"] == 512
