@@ -92,6 +92,12 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def reset_peak_memory() -> None:
+    """Let :func:`peak_memory_gib` count from now on; a CPU process's peak cannot be reset."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory_gib() -> float:
     """Return the peak of allocated GPU memory, or of the process's memory on a CPU, in GiB."""
     if torch.cuda.is_available():

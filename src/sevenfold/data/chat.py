@@ -30,8 +30,9 @@ class ChatDataConfig:
     """Conversations to train on.
 
     ``weights`` (one a source; null: all 1) are passes over each source per pass over the data: 2.5
-    takes every row twice and half of them a third time. At most ``max_bad_rows`` rows are left out
-    and listed; with 0 the first one stops the preparation.
+    takes every row twice and half of them a third time. ``max_length`` bounds the tokens of what
+    stands in one row: a conversation, or a pair with its prompt twice and both answers. At most
+    ``max_bad_rows`` rows are left out and listed; with 0 the first one stops the preparation.
     """
 
     sources: tuple[SourceConfig, ...]

@@ -241,7 +241,7 @@ def _pair(
         rejected = render_answer(tokenizer, pair.prompt, pair.rejected)[1]
     for text in (pair.chosen, pair.rejected or ""):
         counts.note_placeholders(text, pair.where)
-    room = max_length - len(prompt)
+    room = _room(max_length, len(prompt), len(chosen), len(rejected))
     counts.truncated += max(len(chosen), len(rejected)) > room
     if room < 1:
         counts.dropped["no_answer_within_max_length"] += 1
@@ -256,6 +256,17 @@ def _pair(
         "source": pair.source,
     }
     return [TokenRow(columns, "\n".join(m["content"] for m in pair.prompt), weight)]
+
+
+def _room(max_length: int, prompt: int, chosen: int, rejected: int) -> int:
+    """Return the tokens that each answer may have, so that all of the pair fits into one row.
+
+    A pair stands there as two documents, with the prompt twice; without ``rejected`` as one.
+    """
+    if not rejected:
+        return max_length - prompt
+    left = max_length - 2 * prompt
+    return max(left // 2, left - min(chosen, rejected))
 
 
 def _replayed(

@@ -51,7 +51,8 @@ def wilson_interval(successes: float, n: int, confidence: float) -> tuple[float,
     centre = share + z * z / (2 * n)
     spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    low = 0.0 if successes == 0 else max(0.0, (centre - spread) / scale)
+    return low, 1.0 if successes == n else min(1.0, (centre + spread) / scale)
 
 
 def estimate(
@@ -105,7 +106,7 @@ def paired_loss(
 
     def loss(sums: Array, count: int) -> Array:
         difference = _combine(kind, sums[:, :width], count) - _combine(kind, sums[:, width:], count)
-        return sign * difference
+        return sign * difference + 0.0  # never -0
 
     value = float(loss(both.sum(axis=0, keepdims=True), n)[0])
     if kind == "proportion":

@@ -125,6 +125,13 @@ class Recipe:
                     f"{stage}: contexts reach {train.longest_context} tokens, but the model's "
                     f"max_seq_len is {self.model.max_seq_len}"
                 )
+        rows = {"sft": self.sft.data, "dpo": self.dpo.data, "lora": self.lora.data}
+        for stage, data in rows.items():
+            if data.max_length > stages[stage].longest_context:
+                raise ValueError(
+                    f"{stage}: data.max_length {data.max_length} is more than a row holds, "
+                    f"{stages[stage].longest_context}; lower it, or train with longer contexts"
+                )
         if self.pack.row_length < self.pretrain.longest_context:
             raise ValueError(
                 f"pack.row_length {self.pack.row_length} is shorter than the longest context of "

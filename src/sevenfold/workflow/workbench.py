@@ -13,7 +13,12 @@ import torch
 from sevenfold.base import storage
 from sevenfold.base.console import TrainingProgress, print_line
 from sevenfold.base.errors import UsageError
-from sevenfold.base.hardware import OOMHandler, detect_gpu_type, setup_torch_backends
+from sevenfold.base.hardware import (
+    OOMHandler,
+    detect_gpu_type,
+    reset_peak_memory,
+    setup_torch_backends,
+)
 from sevenfold.data.batches import Batch, Batches, RowSource
 from sevenfold.model import attention, float8, kernels, llama
 from sevenfold.model.config import KernelConfig, from_hf
@@ -40,8 +45,12 @@ def set_backends(config: TrainConfig, wanted: KernelConfig) -> str:
 
 
 def load_scorer(job: Job) -> Scorer:
-    """Load the model to train, ready for the precision that the stage asks for."""
+    """Load the model to train, ready for the precision that the stage asks for.
+
+    Peak memory counts from here on, so that a stage's is its own.
+    """
     config = job.config
+    reset_peak_memory()
     kernel = set_backends(config, job.recipe.kernels)
     torch.manual_seed(job.recipe.seed)
     model = llama.load_model(
@@ -63,9 +72,14 @@ def make_scorer(model: Any, config: TrainConfig, kernel: str) -> Scorer:
 
 
 def place(scorer: Scorer, config: TrainConfig, processes: parallel.Processes) -> None:
-    """Compile layer by layer and shard over the processes, once adapters are in place."""
+    """Compile layer by layer and shard over the processes, once adapters are in place.
+
+    What earlier stages in this process compiled is forgotten first: PyTorch keeps eight variants
+    of a function (lengths, rows, with and without gradients) and runs any further one uncompiled.
+    """
     layers = list(scorer.causal_model.get_decoder().layers)
     if config.compile != "none":
+        torch.compiler.reset()
         for layer in layers:
             layer.compile(mode=COMPILE_MODES[config.compile], dynamic=False)
     parallel.shard(scorer, layers, processes, bf16=config.precision != "fp32")

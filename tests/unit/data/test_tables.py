@@ -198,6 +198,26 @@ def test_what_shortening_ruins_is_dropped(tmp_path: Path, tokenizer: Any) -> Non
         assert row["chosen_ids"] != row["rejected_ids"] != []
 
 
+def test_both_documents_of_a_pair_fit_into_one_row(tmp_path: Path, tokenizer: Any) -> None:
+    """However long the answers are; a short one leaves its room to the other."""
+    long, short = "Tom has " * 40, "Yes."
+    rows = [
+        *preferences(10),
+        {"prompt": "Which?", "chosen": long, "rejected": short},
+        {"prompt": "What?", "chosen": long + "a", "rejected": "Who " + long},
+    ]
+    write_preferences(tmp_path, tokenizer, pairs_config(source(tmp_path / "a.jsonl", rows)))
+    every = [*load(tmp_path / "rows"), *load(tmp_path / "validation")]
+    assert len(every) == 12
+    sizes = [
+        2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+        for row in every
+    ]
+    assert max(sizes) == 64
+    whole = [row for row in every if tokenizer.decode(row["rejected_ids"]) == " Yes.<|end|>"]
+    assert len(whole) == 1
+
+
 def test_a_replayed_row_must_end_with_an_answer(tmp_path: Path, tokenizer: Any) -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
                 {"role": "user", "content": "c"}]  # fmt: skip

@@ -24,6 +24,11 @@ def test_wilson_against_known_values(successes: int, n: int, low: float, high: f
     assert wilson_interval(successes, n, 0.95) == pytest.approx((low, high), abs=6e-4)
 
 
+def test_wilson_leaves_no_rounding_behind_where_nothing_or_all_was_right() -> None:
+    assert all(wilson_interval(0, n, 0.95)[0] == 0.0 for n in range(1, 500))
+    assert all(wilson_interval(n, n, 0.95)[1] == 1.0 for n in range(1, 500))
+
+
 def test_wilson_refuses_what_is_no_proportion() -> None:
     for successes, n in ((1, 0), (5, 4), (-1, 4), (math.nan, 4)):
         with pytest.raises(ValueError, match="is not a proportion"):

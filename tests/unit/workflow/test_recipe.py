@@ -63,6 +63,7 @@ def test_an_architecture_beside_the_recipe_is_found_first(place: Path) -> None:
             {"overrides": ["pack.row_length=64"]},
             "row_length 64 is shorter than the longest context",
         ),
+        ({"overrides": ["dpo.data.max_length=999"]}, "dpo: data.max_length 999 is more than a row"),
         ({"overrides": ["model.max_seq_len=64"]}, "but the model's max_seq_len is 64"),
         ({"overrides": ["data.village=null"]}, "give either sources, or village with sources"),
         ({"config_file": Path("none.yaml")}, r"none\.yaml: no such file"),
