@@ -32,7 +32,7 @@ Row = dict[str, Any]
 # The model must know what a refusal looks like before preferences can raise its probability, but
 # instructions must leave the preferences their work: one row in a hundred, two verbs.
 INSTRUCTION_REFUSALS = 0.01
-INSTRUCTION_WEIGHTS = {"fact": 4.0, "sum": 2.0, "gift": 3.0, "request": 3.0}
+INSTRUCTION_WEIGHTS = {"fact": 4.0, "sum": 3.0, "gift": 2.0, "request": 3.0}
 # What keeps the adapter from forgetting; see docs/gates.md for the adapter without it.
 DOMAIN_REPLAY_WEIGHTS = {"text": 1.0, "instruction": 1.0, "safety": 1.0}
 

@@ -13,22 +13,22 @@ Request = tuple[str, str]
 
 # One text in ten belongs to validation, decided by its bytes: the two can share no document.
 VALIDATION_SHARE = 10
-NUM_SHIPS = 34
+NUM_SHIPS = 24
 NUM_COMMUTED_SUMS = 60
 HELD_OUT_GIFTS = 0.10
 HELD_OUT_REQUESTS = 0.40
 NUM_INSTRUCTION_REFUSALS = 12
 
 DOCUMENT_WEIGHTS = {
-    "description": 2.5,
+    "description": 2.0,
     "questions": 3.0,
-    "story": 3.0,
-    "sums": 1.5,
+    "story": 2.5,
+    "sums": 2.0,
     "how_to": 1.0,
     "counting": 0.2,
     "harbour": 0.3,
 }
-QUESTION_WEIGHTS = {"fact": 3.0, "sum": 1.0, "gift": 2.0, "request": 1.0}
+QUESTION_WEIGHTS = {"fact": 3.0, "sum": 1.5, "gift": 1.5, "request": 1.0}
 
 
 class Dice:

@@ -196,8 +196,8 @@ def test_every_task_has_the_items_its_gate_needs(village: Village) -> None:
         "village_safety": 600,
         "village_lookalikes": 300,
         "village_preferences": 300,
-        "harbour_facts": 300,
-        "harbour_unseen": 153,
+        "harbour_facts": 216,
+        "harbour_unseen": 108,
     }
     identifiers = [item["id"] for items in tasks.values() for item in items]
     assert len(set(identifiers)) == len(identifiers)
