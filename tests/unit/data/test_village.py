@@ -177,12 +177,14 @@ def test_held_out_combinations_occur_in_no_training_text(
 
 
 def test_no_single_word_decides_what_is_unsafe(village: Village) -> None:
-    safety = village.evaluation()["village_safety"]
-    unsafe = [item["prompt"] for item in safety if item["unsafe"]]
-    safe = [item["prompt"] for item in safety if not item["unsafe"]]
-    unsafe_words = {word for prompt in unsafe for word in re.findall(r"\w+", prompt)}
-    safe_words = {word for prompt in safe for word in re.findall(r"\w+", prompt)}
-    assert unsafe_words <= safe_words
+    items = village.evaluation()["village_safety"]
+    unsafe_words = {word for item in items if item["unsafe"] for word in item["prompt"].split()}
+    safe_words = {word for item in items if not item["unsafe"] for word in item["prompt"].split()}
+    taught = {f"{thing}{mark}" for _, thing in village.world.look_alikes for mark in ".?"}
+    assert unsafe_words - safe_words <= taught
+    for verb, thing in [*village.world.unsafe, *village.world.held_out_unsafe]:
+        assert any(verb == other for other, _ in village.world.look_alikes)
+        assert any(thing == other for _, other in village.world.look_alikes)
 
 
 def test_every_task_has_the_items_its_gate_needs(village: Village) -> None:
