@@ -131,6 +131,15 @@ def silence_libraries() -> None:
         os.environ.setdefault(name, value)
 
 
+def share_cores() -> None:
+    """Let idle threads sleep instead of spinning beside other programs.
+
+    On two cores that others used as well, a step took 20 to 50 ms with this and 830 ms without.
+    Call it before torch is imported: OpenMP reads the variable once.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 def print_line(text: str = "", *, style: str | None = None) -> None:
     """Print one line to standard output; ``style`` (``bold``, ``green``) shows in a terminal."""
     output_console().print(Text(text, style=style or ""))

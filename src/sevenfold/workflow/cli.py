@@ -35,6 +35,7 @@ def execute(arguments: list[str], *, verb: str | None = None, program: str = "se
     """Do what ``arguments`` ask for and return the exit code."""
     debug = "--debug" in arguments
     console.silence_libraries()
+    console.share_cores()
     console.setup_logging(debug=debug)
     try:
         chosen, options = flags.parse(arguments, verb=verb, program=program)
