@@ -18,13 +18,13 @@ from sevenfold.data.batches import ANSWER, NO_TARGET, PAIR, Batch, document_posi
 
 
 def best_fit(lengths: Sequence[int], capacity: int, *, seed: int) -> list[list[int]]:
-    """Pack items into as few rows of ``capacity`` as best-fit-decreasing finds.
+    """Put every item, in an order drawn from ``seed``, into the fullest row that has room for it.
 
-    Items of equal length are taken in an order drawn from ``seed``, so that neighbours in the
-    data do not end up in one row.
+    Taking the longest first would fill rows a little better, but makes rows of long items and rows
+    of short ones: on the village, DPO batches then held now pairs, now single answers, and the
+    same steps ended at a refusal rate of 0.52 instead of above 0.9.
     """
     order = np.random.default_rng(seed).permutation(len(lengths))
-    order = order[np.argsort(-np.asarray(lengths)[order], kind="stable")]
     packs: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens left, pack), sorted
     for item in order.tolist():
