@@ -9,7 +9,7 @@ What is held out, so that each task measures more than recall of a training text
 - sums: of some pairs only one order occurs in any training text, the other is asked;
 - gifts: some (person, thing, colour) never occur together;
 - requests: two in five (verb, thing) and five phrasings occur in evaluation only;
-- ships: the harbour's ships are unknown before LoRA, and half of them are never asked about.
+- ships: those of the harbour are unknown before LoRA, and half of them are never asked about.
 """
 
 from collections.abc import Iterator, Sequence
@@ -177,7 +177,9 @@ class Village:
                 for pairs in (unsafe, look_alikes)
                 for form, pair in pairs[: most // 2]
             ],
-            "harbour_facts": _questions(words.SHIP_FACTS, world.ships, tuple(world.ships)),
+            "harbour_facts": _questions(
+                words.SHIP_FACTS, world.ships, world.asked_ships + world.unasked_ships
+            ),
             "harbour_unseen": _questions(words.SHIP_FACTS, world.ships, world.unasked_ships),
         }
         chosen = {

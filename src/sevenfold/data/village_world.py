@@ -26,7 +26,7 @@ DOCUMENT_WEIGHTS = {
     "sums": 2.0,
     "how_to": 1.0,
     "counting": 0.2,
-    "harbour": 0.3,
+    "harbour": 0.4,
 }
 QUESTION_WEIGHTS = {"fact": 3.0, "sum": 1.5, "gift": 1.5, "request": 1.0}
 
@@ -88,7 +88,7 @@ class World:
         self.unasked_ships = tuple(ships[NUM_SHIPS // 2 : NUM_SHIPS])
         self.ships = {
             ship: {key: random.choice(fact.values) for key, fact in words.SHIP_FACTS.items()}
-            for ship in self.asked_ships + self.unasked_ships
+            for ship in ships
         }
         self._split_sums(random)
         self._split_gifts(random)
@@ -223,14 +223,17 @@ class World:
         return " ".join(sentences)
 
     def _harbour(self, dice: Dice) -> str:
-        """Show the words of the later domain: ships of other harbours, a new tale each time."""
-        ship = dice.pick(self.other_ships)
-        sentences = []
-        for key in dice.sample(tuple(words.SHIP_FACTS), 3):
-            fact = words.SHIP_FACTS[key]
-            told = dice.pick(fact.statements)
-            sentences.append(told.format(who=ship, value=dice.pick(fact.values)))
-        return " ".join(sentences)
+        """Show the words of the later domain: ships of another harbour."""
+        return self._ship_told(dice, dice.pick(self.other_ships))
+
+    def _ship_told(self, dice: Dice, ship: str) -> str:
+        keys = dice.sample(tuple(words.SHIP_FACTS), 3)
+        return " ".join(
+            dice.pick(words.SHIP_FACTS[key].statements).format(
+                who=ship, value=self.ships[ship][key]
+            )
+            for key in keys
+        )
 
     # --- questions and answers -----------------------------------------------------------------
 
@@ -269,14 +272,7 @@ class World:
 
     def ship_description(self, dice: Dice) -> str:
         """Return the three facts of a ship of the harbour, asked about or not."""
-        ship = dice.pick(self.asked_ships + self.unasked_ships)
-        keys = dice.sample(tuple(words.SHIP_FACTS), 3)
-        return " ".join(
-            dice.pick(words.SHIP_FACTS[key].statements).format(
-                who=ship, value=self.ships[ship][key]
-            )
-            for key in keys
-        )
+        return self._ship_told(dice, dice.pick(self.asked_ships + self.unasked_ships))
 
 
 def number_words(a: int, b: int) -> dict[str, str]:

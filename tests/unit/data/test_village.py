@@ -176,6 +176,15 @@ def test_held_out_combinations_occur_in_no_training_text(
             assert not any(form.format(who=who) in training_text for form in fact.questions)
 
 
+def test_the_harbour_is_unknown_before_lora(village: Village) -> None:
+    earlier = " ".join(row["text"] for row in village.documents())
+    domain = " ".join(row["text"] for row in village.domain() if "text" in row)
+    ships = village.world.asked_ships + village.world.unasked_ships
+    assert not any(re.search(rf"\bship {ship}\b", earlier) for ship in ships)
+    assert all(re.search(rf"\bship {ship}\b", domain) for ship in ships)
+    assert any(re.search(rf"\bship {ship}\b", earlier) for ship in village.world.other_ships)
+
+
 def test_no_single_word_decides_what_is_unsafe(village: Village) -> None:
     items = village.evaluation()["village_safety"]
     unsafe_words = {word for item in items if item["unsafe"] for word in item["prompt"].split()}
