@@ -93,11 +93,14 @@ def read_yaml(path: Path) -> Document:
 
     Errors:
         UsageError: missing file, over 1 MB, malformed YAML, a tag, an alias, a duplicate key, a
-            number that is not finite, or something else than a mapping at the top.
+            number that is not finite, no UTF-8, or something else than a mapping at the top.
     """
     if not path.is_file():
         raise UsageError(f"{path}: no such file; name an existing YAML file")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     if len(text) > MAX_YAML_BYTES:
         raise UsageError(f"{path}: {len(text)} characters; a configuration has at most 1 MB")
     loader = _StrictLoader(text)
@@ -145,16 +148,15 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
     """Return ``values`` with ``section.key=value`` assignments applied, values read as YAML.
 
     Errors:
-        UsageError: an assignment without ``=``, or one through a value that is no section.
+        UsageError: an assignment without ``=``, one through a value that is no section, or a value
+            that is not readable as YAML.
     """
     result = Document(json.loads(json.dumps(values)), *_origin(values))
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals or not name:
             raise UsageError(f"--set {assignment}: expected section.key=value")
-        value = _StrictLoader(text).get_single_data()
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(f"--set {assignment}: {value} is not a finite number")
+        value = _read_value(assignment, text)
         *sections, key = name.split(".")
         target: dict[str, Any] = result
         for section in sections:
@@ -165,6 +167,20 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
         target[key] = value
         result.lines.pop((*sections, key), None)
     return result
+
+
+def _read_value(assignment: str, text: str) -> Any:
+    try:
+        value = _StrictLoader(text).get_single_data()
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = getattr(error, "problem", None) or type(error).__name__
+        raise UsageError(
+            f"--set {assignment}: not readable as YAML ({reason}); expected one value, with quotes "
+            "around it where the shell or YAML would take it apart"
+        ) from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"--set {assignment}: {value} is not a finite number")
+    return value
 
 
 def _origin(values: Mapping[str, Any]) -> tuple[str, Mapping[tuple[Any, ...], int]]:

@@ -80,6 +80,12 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_yaml(tmp_path / "none.yaml")
 
 
+def test_a_recipe_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes(b"a: caf\xe9\n")
+    with pytest.raises(UsageError, match=r"latin\.yaml: not UTF-8 at byte 6; save it as UTF-8"):
+        read_yaml(tmp_path / "latin.yaml")
+
+
 VALID = """steps: 10
 inner:
   kind: cosine
@@ -143,6 +149,12 @@ def test_overrides_are_typed_and_nested(tmp_path: Path) -> None:
         ("=3", r"--set =3: expected section.key=value"),
         ("steps.more=3", r"'steps' is a value, not a section"),
         ("steps=.inf", r"inf is not a finite number"),
+        (
+            "steps=[1",
+            r"--set steps=\[1: not readable as YAML \(.*\); expected one value, with quotes",
+        ),
+        ("note=!!python/name:os.system", r"not readable as YAML \(could not determine"),
+        ("note=" + "[" * 3000, r"not readable as YAML \(RecursionError\); expected one value"),
     ],
 )
 def test_wrong_overrides(tmp_path: Path, assignment: str, message: str) -> None:
