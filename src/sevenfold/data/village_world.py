@@ -20,7 +20,7 @@ HELD_OUT_REQUESTS = 0.40
 NUM_INSTRUCTION_REFUSALS = 12
 
 DOCUMENT_WEIGHTS = {
-    "description": 2.0,
+    "description": 2.5,
     "questions": 3.0,
     "story": 2.5,
     "sums": 2.0,
