@@ -17,7 +17,7 @@ from sevenfold.base.records import GATED_STAGES
 from sevenfold.workflow import recipe as recipes
 from sevenfold.workflow import steps
 from sevenfold.workflow.steps import Job
-from sevenfold.workflow.thresholds import require_known_gates
+from sevenfold.workflow.thresholds import require_items, require_known_gates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +62,11 @@ def run_all(options: argparse.Namespace) -> None:
         setattr(options, name, value)
     with steps.working_on(options) as job:
         require_known_gates(job.run, job.recipe, gates_file)
+        stages = [step.verb for step in chosen if step.is_training]
         if options.dry_run:
-            stages = [step.verb for step in chosen if step.is_training]
             steps.dry_run(job, stages, options)
             return
+        require_items(job.recipe, stages)
         started_at_s = time.monotonic()
         try:
             for index, step in enumerate(chosen):

@@ -1,13 +1,16 @@
-"""The gate file, checked against what the presets' recipes measure, before anything trains."""
+"""What the gates need, checked before anything trains: known metrics, and items to measure on."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
+import sevenfold
 from sevenfold.base.config import Document, build, read_yaml
+from sevenfold.base.errors import UsageError
 from sevenfold.base.records import Run
 from sevenfold.verify import gates
-from sevenfold.verify.config import STAGES, EvaluateConfig, metrics_of_stage
+from sevenfold.verify.config import STAGES, EvaluateConfig, TaskConfig, metrics_of_stage
 from sevenfold.workflow import recipe as recipes
 from sevenfold.workflow.recipe import Recipe
 
@@ -44,3 +47,29 @@ def _evaluate_section(path: Path) -> EvaluateConfig:
 
 def _names(config: EvaluateConfig) -> dict[str, list[str]]:
     return {stage: sorted(metrics_of_stage(config, stage)) for stage in STAGES}
+
+
+def require_items(recipe: Recipe, stages: Iterable[str]) -> None:
+    """Refuse a recipe whose tasks of these stages name a file that is not there.
+
+    Errors:
+        UsageError: the first file that is missing, with the task that needs it.
+    """
+    for stage in stages:
+        for task in recipe.evaluate.tasks_of(stage):
+            if task.path is not None:
+                items_path(task.path, task)
+
+
+def items_path(path: str, task: TaskConfig) -> Path:
+    """Return where a task's file is: seen from the working directory, else from the repository.
+
+    Errors:
+        UsageError: it is in neither.
+    """
+    given = Path(path).expanduser()
+    places = (given, Path(sevenfold.__file__).parents[2] / given)
+    found = next((place for place in places if place.exists()), None)
+    if found is None:
+        raise UsageError(f"{given}: no such file; task '{task.name}' needs its items")
+    return found

@@ -157,6 +157,21 @@ def test_a_misspelt_gate_stops_before_anything_is_done(
     assert workshop.done == []
 
 
+def test_missing_items_stop_before_anything_is_done(
+    workshop: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are needed after hours of training; what no chosen stage measures may be missing."""
+    tasks = 'evaluate.tasks=[{name: x, kind: pair, path: "~/no/pairs.jsonl", stages: [dpo]}]'
+    gates = Path("gates.yaml")
+    gates.write_text("confidence: 0.95\ndemo: {dpo: [{metric: x, min: 0.5, min_samples: 9}]}\n")
+    asked = ["run", "--gates", str(gates), "--set", tasks]
+    assert cli.execute(asked) == 2
+    said = capsys.readouterr().err
+    assert said.endswith("no/pairs.jsonl: no such file; task 'x' needs its items\n")
+    assert workshop.done == []
+    assert cli.execute([*asked, "--until", "sft"]) == 0
+
+
 def test_the_strip_shows_where_the_run_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
