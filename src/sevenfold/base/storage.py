@@ -21,10 +21,11 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from sevenfold.base import faults
 from sevenfold.base.errors import BadDataError, RunInUseError, SevenfoldError, UsageError
@@ -79,10 +80,10 @@ def _sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _storage_error(path: Path, error: OSError) -> SevenfoldError:
+def _storage_error(path: Path, error: Exception) -> SevenfoldError:
     parent = next(p for p in path.parents if p.exists())
     free_gib = shutil.disk_usage(parent).free / 2**30
-    reason = error.strerror or str(error)
+    reason = getattr(error, "strerror", None) or str(error)
     return SevenfoldError(
         f"{path}: could not be written ({reason}); {free_gib:.2f} GiB are free on this disk; "
         "make room or choose another --run folder, then run the same command again"
@@ -160,7 +161,8 @@ def new_folder(target: Path, *, kind: str, **facts: Any) -> Iterator[Path]:
                 faults.at_storage_operation()
                 _sync_file(path)
         write_manifest(temporary, kind=kind, **facts)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        # safetensors reports a full disk as an error of its own.
         shutil.rmtree(temporary, ignore_errors=True)
         raise _storage_error(target, error) from error
     except BaseException:
@@ -266,19 +268,38 @@ def read_manifest(
         advice = f"; run {made_by} first" if made_by else ""
         raise UsageError(f"{folder}: not there yet, or not complete{advice}")
     manifest: dict[str, Any] = read_json(path, error)
-    files = manifest.get("files")
-    if not isinstance(files, list) or manifest.get("fingerprint") != _files_fingerprint(files):
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not _is_file_list(files) or manifest.get("fingerprint") != _files_fingerprint(files):
         raise error(f"{path}: the fingerprint does not belong to the listed files; make it again")
     return manifest
 
 
-def verify_folder(folder: Path, error: type[SevenfoldError] = BadDataError) -> dict[str, Any]:
+def _is_file_list(files: Any) -> TypeGuard[list[dict[str, Any]]]:
+    types = {"path": str, "bytes": int, "sha256": str}
+    return isinstance(files, list) and all(
+        isinstance(file, dict) and all(isinstance(file.get(k), t) for k, t in types.items())
+        for file in files
+    )
+
+
+def verify_folder(
+    folder: Path, error: type[SevenfoldError] = BadDataError, *, exact: bool = False
+) -> dict[str, Any]:
     """Recompute every SHA-256 of ``folder`` and return its manifest.
 
+    ``exact``: nothing but hidden files may lie beside the listed ones. A model folder is what all
+    its files say: libraries also read those that we did not write.
+
     Errors:
-        error: a file is missing, has another size or other bytes, or points outside the folder.
+        error: a file is missing, has another size or other bytes, or points outside the folder;
+            or, where ``exact``, is not listed.
     """
     manifest = read_manifest(folder, error)
+    listed = {MANIFEST, *(file["path"] for file in manifest["files"])}
+    for path in sorted(folder.rglob("*")) if exact else ():
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in listed and not path.name.startswith("."):
+            raise error(f"{path}: not one of the files that {MANIFEST} lists; remove it")
     for file in manifest["files"]:
         path = folder / file["path"]
         if not path.resolve().is_relative_to(folder.resolve()):

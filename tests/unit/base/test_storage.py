@@ -139,6 +139,54 @@ def test_a_manifest_cannot_be_edited_or_point_outside(tmp_path: Path) -> None:
         storage.verify_folder(folder)
 
 
+@pytest.mark.parametrize("files", [None, 1, [1], [{"path": "a"}], [{"path": 1, "bytes": 1}]])
+def test_a_manifest_of_another_shape_is_refused(tmp_path: Path, files: object) -> None:
+    folder = make(tmp_path / "out")
+    for manifest in ([], {"files": files, "fingerprint": storage._files_fingerprint([])}):
+        (folder / storage.MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(BadDataError, match="fingerprint does not belong.*make it again"):
+            storage.read_manifest(folder)
+
+
+def test_a_file_that_nobody_listed_is_refused_where_it_would_be_read(tmp_path: Path) -> None:
+    folder = make(tmp_path / "out")
+    (folder / ".hidden").write_text("")
+    storage.verify_folder(folder, exact=True)
+    (folder / "chat_template.jinja").write_text("another one")
+    storage.verify_folder(folder)
+    with pytest.raises(
+        BadDataError, match=r"chat_template\.jinja: not one of the files.*remove it"
+    ):
+        storage.verify_folder(folder, exact=True)
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+import numpy as np
+from safetensors.numpy import save_file
+from sevenfold.base import storage
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    with storage.new_folder(Path(sys.argv[1]), kind="thing") as folder:
+        save_file({"a": np.zeros(10_000)}, folder / "model.safetensors")
+except storage.SevenfoldError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_is_full_while_weights_are_written(tmp_path: Path) -> None:
+    """Safetensors has an error of its own for this, which is no OSError."""
+    target = make(tmp_path / "out", "old")
+    command = [sys.executable, "-c", FULL, str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "could not be written (" in done.stdout
+    assert "make room or choose another --run folder" in done.stdout
+    storage.verify_folder(target)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_missing_folder_names_the_script_that_makes_it(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"not complete; run scripts/02_clean_data\.py first"):
         storage.read_manifest(tmp_path / "clean", made_by="scripts/02_clean_data.py")
