@@ -25,6 +25,8 @@ SCRIPTS = {
     "dpo": "scripts/09_dpo.py",
     "lora": "scripts/10_lora.py",
 }
+# What a verdict rests on, and under which key record.json keeps its SHA-256.
+EVIDENCE = {"evaluation.json": "evaluation_sha256", "evaluation_items.jsonl": "items_sha256"}
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "peft", "safetensors", "numpy")
 
 
@@ -174,7 +176,7 @@ def open_promoted(run: Run, stage: str, *, force: str | None = None) -> Source:
     """
     record = run.record(stage)
     folder = run.model(stage)
-    found = storage.verify_folder(folder)["fingerprint"]
+    found = storage.verify_folder(folder, exact=True)["fingerprint"]
     if stage == "init":
         return Source(folder=folder, fingerprint=found, stage=stage)
     refusal = _refusal(run, stage, found)
@@ -208,4 +210,9 @@ def _refusal(run: Run, stage: str, found: str) -> str | None:
     evidence = run.record(stage).get("evidence", {})
     if evidence.get("verdict_sha256") != storage.sha256_file(path):
         return f"{path}: the verdict was changed after the gate wrote it; {judge}"
+    for name, key in EVIDENCE.items():
+        measured = run.stage(stage) / name
+        known = evidence.get(key)
+        if known and not (measured.is_file() and storage.sha256_file(measured) == known):
+            return f"{measured}: not the evidence that the gate judged; {judge}"
     return None

@@ -18,7 +18,7 @@ from sevenfold.base.config import fingerprint, to_plain
 from sevenfold.base.console import print_line, print_table, working
 from sevenfold.base.errors import BadDataError, GateRefusedError, UsageError
 from sevenfold.base.hardware import training_device
-from sevenfold.base.records import Run
+from sevenfold.base.records import EVIDENCE, Run
 from sevenfold.data.tokenizer import encode_texts, load_tokenizer
 from sevenfold.model.llama import TOKENIZER_FILES, load_model
 from sevenfold.verify import gates
@@ -35,8 +35,7 @@ from sevenfold.verify.tasks import Task, read_task
 from sevenfold.workflow.recipe import Recipe
 from sevenfold.workflow.thresholds import require_known_gates
 
-EVALUATION = "evaluation.json"
-ITEMS = "evaluation_items.jsonl"
+EVALUATION, ITEMS = EVIDENCE
 VERDICT = "verdict.json"
 UNIGRAM = "unigram"
 ADAPTER_ROWS = 8
@@ -56,7 +55,7 @@ def evaluate_stage(run: Run, recipe: Recipe, stage: str) -> dict[str, Any]:
         BadDataError: bytes of the model, or an item, are not what they should be.
     """
     record = run.record(stage)
-    manifest = storage.verify_folder(run.model(stage))
+    manifest = storage.verify_folder(run.model(stage), exact=True)
     identity = _identity(run, recipe.evaluate, stage, manifest)
     known = _known_evaluation(run, stage)
     if known is not None and all(known.get(name) == value for name, value in identity.items()):
@@ -75,10 +74,7 @@ def evaluate_stage(run: Run, recipe: Recipe, stage: str) -> dict[str, Any]:
     folder = run.stage(stage)
     storage.write_text(folder / ITEMS, "".join(f"{line}\n" for line in lines))
     storage.write_json(folder / EVALUATION, evaluation)
-    evidence = {
-        "evaluation_sha256": storage.sha256_file(folder / EVALUATION),
-        "items_sha256": storage.sha256_file(folder / ITEMS),
-    }
+    evidence = {key: storage.sha256_file(folder / name) for name, key in EVIDENCE.items()}
     run.write_record(stage, {**record, "evidence": evidence})
     columns = ("metric", "value", "low", "high", "n")
     rows = [[name, *(m[key] for key in columns[1:])] for name, m in found.metrics.items()]
@@ -98,6 +94,7 @@ def _identity(
         "stage": stage,
         "fingerprint": manifest["fingerprint"],
         "tokenizer_fingerprint": tokenizer_fingerprint(manifest),
+        "adapter_fingerprint": _adapter_fingerprint(run, stage),
         "data": data,
         "config_fingerprint": fingerprint(settings),
         UNIGRAM: _packed_fingerprint(run),
@@ -108,6 +105,14 @@ def tokenizer_fingerprint(manifest: Mapping[str, Any]) -> str:
     """Return what identifies the tokenizer inside a model folder."""
     files = {file["path"]: file["sha256"] for file in manifest["files"]}
     return fingerprint({name: files[name] for name in TOKENIZER_FILES if name in files})
+
+
+def _adapter_fingerprint(run: Run, stage: str) -> str | None:
+    """Return the fingerprint of a stage's adapter after checking every byte; None without one."""
+    folder = run.stage(stage) / "adapter"
+    if not folder.is_dir():
+        return None
+    return str(storage.verify_folder(folder, exact=True)["fingerprint"])
 
 
 def _packed_fingerprint(run: Run) -> str | None:
@@ -208,7 +213,7 @@ def check_stage(run: Run, recipe: Recipe, stage: str, gates_file: Path) -> dict[
     run.record(stage)
     found = require_known_gates(run, recipe, gates_file)
     checks = found.checks(run.preset, stage)
-    model = storage.verify_folder(run.model(stage))["fingerprint"]
+    model = storage.verify_folder(run.model(stage), exact=True)["fingerprint"]
     earlier = {check.not_worse_than for check in checks if check.not_worse_than}
     verdict = gates.judge(
         checks,
@@ -259,12 +264,16 @@ def read_evidence(run: Run, config: EvaluateConfig, stage: str) -> gates.Evidenc
         evaluation = storage.read_json(folder / EVALUATION)
         items = [json.loads(line) for line in (folder / ITEMS).read_bytes().splitlines()]
         manifest = storage.read_manifest(run.model(stage))
+        adapter = _adapter_fingerprint(run, stage)
     except (BadDataError, UsageError, ValueError) as error:
         return gates.Evidence(problem=f"not readable: {error}; {again} again")
     if edited:
         return gates.Evidence(problem=f"{edited}; {again} again")
-    found = {"fingerprint": manifest["fingerprint"]}
-    found["tokenizer_fingerprint"] = tokenizer_fingerprint(manifest)
+    found = {
+        "fingerprint": manifest["fingerprint"],
+        "tokenizer_fingerprint": tokenizer_fingerprint(manifest),
+        "adapter_fingerprint": adapter,
+    }
     for name, value in found.items():
         if evaluation.get(name) != value:
             return gates.Evidence(
@@ -277,7 +286,7 @@ def read_evidence(run: Run, config: EvaluateConfig, stage: str) -> gates.Evidenc
 def _edited(run: Run, stage: str) -> str | None:
     """Return which file is not the one that step 11 wrote, or None."""
     evidence = run.record(stage).get("evidence", {})
-    for name, key in ((EVALUATION, "evaluation_sha256"), (ITEMS, "items_sha256")):
+    for name, key in EVIDENCE.items():
         path = run.stage(stage) / name
         if not path.is_file() or evidence.get(key) != storage.sha256_file(path):
             return f"edited: {name} is not the file whose SHA-256 is in record.json"

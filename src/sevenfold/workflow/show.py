@@ -99,7 +99,7 @@ def export(options: argparse.Namespace) -> None:
     source, target = run.model(options.stage), options.target
     if target.exists():
         raise UsageError(f"{target}: exists already; name a new folder")
-    manifest = storage.verify_folder(source)
+    manifest = storage.verify_folder(source, exact=True)
     with storage.new_folder(target, kind="model", exported_from=str(source)) as folder:
         for file in manifest["files"]:
             destination = folder / file["path"]

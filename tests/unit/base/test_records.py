@@ -102,6 +102,35 @@ def test_an_edited_verdict_is_refused(run: records.Run) -> None:
         records.open_promoted(run, "pretrain")
 
 
+@pytest.mark.parametrize("name", records.EVIDENCE)
+def test_edited_evidence_of_a_verdict_is_refused(run: records.Run, name: str) -> None:
+    found = finish(run, "pretrain")
+    judge(run, "pretrain", {"fingerprint": found, "promoted": True, "checks": []})
+    path = run.stage("pretrain") / name
+    path.write_text("measured")
+    record = run.record("pretrain")
+    record["evidence"][records.EVIDENCE[name]] = storage.sha256_file(path)
+    run.write_record("pretrain", record)
+    assert records.open_promoted(run, "pretrain").forced is None
+    path.write_text("improved")
+    message = f"{name}: not the evidence that the gate judged; run scripts/11_evaluate"
+    with pytest.raises(GateRefusedError, match=message):
+        records.open_promoted(run, "pretrain")
+    path.unlink()
+    with pytest.raises(GateRefusedError, match=message):
+        records.open_promoted(run, "pretrain")
+
+
+def test_a_file_that_was_put_beside_a_promoted_model_is_refused(run: records.Run) -> None:
+    found = finish(run, "pretrain")
+    judge(run, "pretrain", {"fingerprint": found, "promoted": True, "checks": []})
+    (run.model("pretrain") / "chat_template.jinja").write_text("of another model")
+    with pytest.raises(
+        BadDataError, match=r"chat_template\.jinja: not one of the files.*remove it"
+    ):
+        records.open_promoted(run, "pretrain")
+
+
 def test_a_changed_weight_is_noticed(run: records.Run) -> None:
     found = finish(run, "pretrain")
     judge(run, "pretrain", {"fingerprint": found, "promoted": True, "checks": []})

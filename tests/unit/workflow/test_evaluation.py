@@ -374,6 +374,25 @@ def test_an_adapter_is_judged_off_and_merged(run: Run, gates_file: Path) -> None
     assert check_stage(run, recipe(), "lora", gates_file)["promoted"] is True
 
 
+def test_an_adapter_that_was_changed_is_judged_by_no_earlier_evidence(
+    run: Run, gates_file: Path
+) -> None:
+    add_lora(run, merge=True)
+    evaluate_stage(run, recipe(), "lora")
+    path = run.stage("lora") / "adapter" / "adapter_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BadDataError, match=r"adapter_model\.safetensors: its SHA-256"):
+        evaluate_stage(run, recipe(), "lora")
+    with pytest.raises(GateRefusedError, match=r"adapter_model.*scripts/11_evaluate\.py lora"):
+        check_stage(run, recipe(), "lora", gates_file)
+    facts = storage.read_manifest(path.parent)
+    storage.write_manifest(path.parent, kind="adapter", base_fingerprint=facts["base_fingerprint"])
+    with pytest.raises(GateRefusedError, match="measured with another adapter_fingerprint"):
+        check_stage(run, recipe(), "lora", gates_file)
+
+
 def test_a_merged_model_without_its_adapter_fails(run: Run, gates_file: Path) -> None:
     add_lora(run, merge=False)
     evaluate_stage(run, recipe(), "lora")
