@@ -60,7 +60,7 @@ def test_every_stage_earns_its_promotion(demo: Path) -> None:
         assert verdict(demo, stage)["promoted"] is True
         assert len(list((demo / stage / "checkpoints").iterdir())) >= 3
     output = (demo.parent / "output.txt").read_text()
-    assert output.count("You:") >= 3 or len(re.findall(r"(?m)^ *> ", output)) >= 3
+    assert len(re.findall(r"(?m)^  you    .+\n  model  .+", output)) == 3
     assert "report.html" in output
 
 
