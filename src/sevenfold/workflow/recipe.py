@@ -20,7 +20,7 @@ from sevenfold.base.config import (
     read_yaml,
     to_plain,
 )
-from sevenfold.base.errors import BadDataError, UsageError, nearest
+from sevenfold.base.errors import SevenfoldError, UsageError, nearest
 from sevenfold.base.records import Run, open_run, write_run
 from sevenfold.data.chat import ChatDataConfig, PreferenceDataConfig
 from sevenfold.data.clean import CleanConfig
@@ -238,21 +238,30 @@ def save(run: Run) -> Run:
     return write_run(run.folder, preset=run.preset, recipe=run.recipe)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.is_file())
+def _made(run: Run) -> dict[Path, int]:
+    """Return the files of a run other than ``run.json``, with the time each was written."""
+    return {
+        path: path.stat().st_mtime_ns
+        for path in run.folder.rglob("*")
+        if path.is_file() and path.name[0] != "." and path != run.folder / "run.json"
+    }
 
 
 @contextlib.contextmanager
 def saved(run: Run) -> Iterator[Run]:
-    """Save ``run`` for one step; take its settings back if the step refuses them or their data."""
+    """Save ``run`` for a command; take its settings back if that fails before it made anything.
+
+    What has been made was made with these settings, so then they stay.
+    """
     path = run.folder / "run.json"
     before: Mapping[str, Any] | None = storage.read_json(path) if path.is_file() else None
+    made = _made(run)
     try:
         yield save(run)
-    except (UsageError, BadDataError):
-        if before is not None:
-            if before != storage.read_json(path):
+    except SevenfoldError:
+        if _made(run) == made:
+            if before is None:
+                storage.remove_file(path)
+            elif before != storage.read_json(path):
                 storage.write_json(path, before)
-        elif not any(file != path and file.name[0] != "." for file in _files(run.folder)):
-            storage.remove_file(path)
         raise

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sevenfold.base import storage
-from sevenfold.base.errors import BadDataError, UsageError
+from sevenfold.base.errors import BadDataError, CheckpointError, GateRefusedError, UsageError
 from sevenfold.base.records import open_run
 from sevenfold.workflow import recipe as recipes
 
@@ -119,7 +119,7 @@ def test_saving_again_keeps_the_file(place: Path) -> None:
     assert storage.sha256_file(run.folder / "run.json") == before
 
 
-@pytest.mark.parametrize("kind", [UsageError, BadDataError])
+@pytest.mark.parametrize("kind", [UsageError, BadDataError, CheckpointError, GateRefusedError])
 def test_settings_that_a_step_refuses_are_taken_back(place: Path, kind: type[Exception]) -> None:
     def refuse(run: recipes.Run) -> None:
         with recipes.saved(run):
@@ -147,6 +147,16 @@ def test_a_run_that_holds_something_keeps_its_settings(place: Path) -> None:
     with pytest.raises(UsageError):
         refuse_late()
     assert open_run(run.folder).preset == "demo"
+    changed, _ = recipes.resolve(overrides=["seed=5"])
+
+    def refuse_after_work() -> None:
+        with recipes.saved(changed):
+            storage.write_text(run.folder / "data" / "a", "made anew")
+            raise BadDataError("refused")
+
+    with pytest.raises(BadDataError):
+        refuse_after_work()
+    assert open_run(run.folder).recipe["seed"] == 5
 
 
 def test_an_installed_package_brings_its_presets(
