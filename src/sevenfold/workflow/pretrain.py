@@ -30,6 +30,7 @@ def pretrain(run: records.Run, recipe: Recipe, options: training.StageOptions) -
     tokenizer = _tokenizer_of(source)
     known = None
     if tokenizer is not None and not source.external:
+        training.require_same_tokenizer(run, source)
         known = str(storage.read_manifest(run.tokenizer)["fingerprint"])
     shards = open_shards(
         options.data or run.data("packed"),
@@ -78,11 +79,12 @@ def _initialize_for_ids(run: records.Run, recipe: Recipe, folder: Path) -> None:
         vocab_size=recipe.model.vocab_size,
         min_length=recipe.pretrain.longest_context,
     )
-    if recipe.tokenizer.path is not None:
-        prepare.make_tokenizer(run, recipe)
-    if parallel.join().is_main:
+    processes = parallel.join()
+    if processes.is_main:
+        if recipe.tokenizer.path is not None:
+            prepare.make_tokenizer(run, recipe)
         initialize(run, recipe, ids_only=True)
-    parallel.join().wait()
+    processes.wait()
 
 
 def _tokenizer_of(source: records.Source) -> Any:

@@ -107,11 +107,50 @@ def open_rows(run: records.Run, recipe: Recipe, stage: str, source: records.Sour
             message names the script.
         BadDataError: a file has changed since.
     """
-    if source.external:
-        prepare.prepare_rows(run, recipe, stage, source.folder)
+    if _has_foreign_tokenizer(run, source):
+        processes = parallel.join()
+        if processes.is_main:
+            prepare.prepare_rows(run, recipe, stage, source.folder)
+        processes.wait()
     else:
+        require_same_tokenizer(run, source)
         prepared.require_current(run, stage)
     return str(storage.verify_folder(run.data(stage))["fingerprint"])
+
+
+def _has_foreign_tokenizer(run: records.Run, source: records.Source) -> bool:
+    """True if ``source``, or a stage it was trained from, was started from outside the run."""
+    if source.external:
+        return True
+    before = records.GATED_STAGES[: records.GATED_STAGES.index(source.stage) + 1]
+    finished = [stage for stage in before if (run.stage(stage) / "record.json").is_file()]
+    external = any(run.record(stage).get("external") for stage in finished)
+    return external and bool(_other_tokenizer_file(run, source))
+
+
+def require_same_tokenizer(run: records.Run, source: records.Source) -> None:
+    """Refuse a model of this run whose tokenizer is not the one that the data are made with.
+
+    Errors:
+        UsageError: the tokenizer was made anew after the model; the message names the scripts.
+    """
+    if name := _other_tokenizer_file(run, source):
+        again = records.SCRIPTS["init"]
+        if source.stage != "init":
+            again += f", then {records.SCRIPTS['pretrain']} --no-resume and what follows it,"
+        raise UsageError(
+            f"{source.folder / name}: not the one in {run.tokenizer}, which was made anew after "
+            f"this model; run {again} again"
+        )
+
+
+def _other_tokenizer_file(run: records.Run, source: records.Source) -> str | None:
+    """Return the first tokenizer file that is not the same beside the model and in the run."""
+    for name in llama.TOKENIZER_FILES:
+        files = [folder / name for folder in (run.tokenizer, source.folder)]
+        if len({storage.sha256_file(file) if file.is_file() else "" for file in files}) > 1:
+            return name
+    return None
 
 
 def open_job(

@@ -1,0 +1,69 @@
+"""What a training stage checks before it starts: that model and rows speak one tokenizer."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sevenfold.base import storage
+from sevenfold.base.errors import UsageError
+from sevenfold.base.records import Run, Source
+from sevenfold.workflow import prepare, training
+
+RECIPE: Any = types.SimpleNamespace()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A run with a tokenizer, rows made with it, and a stage trained with it."""
+    made = Run(folder=tmp_path / "run", facts={"preset": "demo"})
+    write_tokenizer(made, "first")
+    known = storage.read_manifest(made.tokenizer)["fingerprint"]
+    with storage.new_folder(made.data("sft"), kind="sft", inputs={"tokenizer": known}) as folder:
+        (folder / "rows").write_text("rows")
+    for stage in ("init", "pretrain"):
+        storage.write_text(made.model(stage) / "tokenizer.json", "first")
+    made.write_record("pretrain", {"external": False})
+    return made
+
+
+def write_tokenizer(run: Run, text: str) -> None:
+    with storage.new_folder(run.tokenizer, kind="tokenizer") as folder:
+        (folder / "tokenizer.json").write_text(text)
+
+
+def source(run: Run, stage: str) -> Source:
+    return Source(folder=run.model(stage), fingerprint="x", stage=stage)
+
+
+def test_rows_and_model_of_one_tokenizer_are_opened(run: Run) -> None:
+    found = training.open_rows(run, RECIPE, "sft", source(run, "pretrain"))
+    assert found == storage.read_manifest(run.data("sft"))["fingerprint"]
+
+
+def test_a_tokenizer_made_anew_after_the_model_is_refused(run: Run) -> None:
+    write_tokenizer(run, "second")
+    with pytest.raises(
+        UsageError,
+        match=r"pretrain/model/tokenizer\.json: not the one in .*04_init_model\.py, then "
+        r"scripts/05_pretrain\.py --no-resume and what follows it, again",
+    ):
+        training.open_rows(run, RECIPE, "sft", source(run, "pretrain"))
+    with pytest.raises(UsageError, match=r"run scripts/04_init_model\.py again$"):
+        training.require_same_tokenizer(run, source(run, "init"))
+    storage.write_text(run.model("init") / "tokenizer.json", "second")
+    training.require_same_tokenizer(run, source(run, "init"))
+
+
+def test_what_descends_from_outside_gets_rows_of_its_own_tokenizer(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, Path]] = []
+    monkeypatch.setattr(prepare, "prepare_rows", lambda _, __, *what: asked.append(what))
+    storage.write_text(run.model("pretrain") / "tokenizer.json", "another")
+    run.write_record("pretrain", {"external": True})
+    training.open_rows(run, RECIPE, "sft", source(run, "pretrain"))
+    assert asked == [("sft", run.model("pretrain"))]
