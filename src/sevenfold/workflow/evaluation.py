@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-import sevenfold
 from sevenfold.base import storage
 from sevenfold.base.config import fingerprint, to_plain
 from sevenfold.base.console import print_line, print_table, working
@@ -33,7 +32,7 @@ from sevenfold.verify.likelihood import token_counts
 from sevenfold.verify.task_files import task_sha256
 from sevenfold.verify.tasks import Task, read_task
 from sevenfold.workflow.recipe import Recipe
-from sevenfold.workflow.thresholds import require_known_gates
+from sevenfold.workflow.thresholds import items_path, require_known_gates
 
 EVALUATION, ITEMS = EVIDENCE
 VERDICT = "verdict.json"
@@ -139,12 +138,7 @@ def task_paths(run: Run, task: TaskConfig) -> list[Path]:
         UsageError: there are none.
     """
     if task.path is not None:
-        repository = Path(sevenfold.__file__).parents[2]
-        given = Path(task.path).expanduser()
-        found = next((path for path in (given, repository / given) if path.exists()), None)
-        if found is None:
-            raise UsageError(f"{given}: no such file; task '{task.name}' needs its items")
-        return [found]
+        return [items_path(task.path, task)]
     if task.kind == "text" and task.name == VALIDATION_TASK:
         paths = sorted(run.data("clean").glob("validation-*.jsonl*"))
         if not paths:
