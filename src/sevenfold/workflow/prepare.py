@@ -31,7 +31,14 @@ from sevenfold.data.clean import (
 )
 from sevenfold.data.sources import SourceConfig
 from sevenfold.data.village import Village
-from sevenfold.workflow.prepared import SCRIPTS, is_current, say, verified
+from sevenfold.workflow.prepared import (
+    SCRIPTS,
+    is_current,
+    rows_config,
+    say,
+    settings,
+    verified,
+)
 from sevenfold.workflow.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -53,7 +60,7 @@ def download(run: Run, recipe: Recipe) -> None:
     """
     chosen, village = recipe.data.sources, recipe.data.village
     sources.refuse_repeated(chosen)
-    config = {"sources": to_plain(chosen), "village": to_plain(village)}
+    config = settings(recipe, "raw")
     inputs = {source.location: source_fingerprint(source) for source in chosen}
     if is_current(run.data("raw"), inputs, config):
         return
@@ -156,7 +163,7 @@ def clean(run: Run, recipe: Recipe) -> None:
     target = run.data("clean")
     inputs = {"raw": raw["fingerprint"]}
     fraction = recipe.data.validation_fraction
-    config = {"clean": to_plain(recipe.clean), "validation_fraction": fraction}
+    config = settings(recipe, "clean")
     if is_current(target, inputs, config):
         return
     counts = CleaningCounts()
@@ -191,7 +198,7 @@ def tokenize_and_pack(run: Run, recipe: Recipe) -> None:
     made = make_tokenizer(run, recipe)
     target = run.data("packed")
     inputs = {"clean": cleaned["fingerprint"], "tokenizer": _tokenizer_fingerprint(run)}
-    config = to_plain(recipe.pack)
+    config = settings(recipe, "packed")
     if is_current(target, inputs, config):
         return
     with storage.new_folder(target, kind="packed", inputs=inputs, config=config) as folder:
@@ -289,7 +296,6 @@ def prepare_sft(
 ) -> None:
     """Write ``data/sft`` and ``data/lora``: tokenised conversations with their loss masks.
 
-    LoRA without sources of its own takes the village's new domain, or else what SFT takes.
     ``tokenizer_folder`` holds another tokenizer than the run's.
 
     Errors:
@@ -299,11 +305,7 @@ def prepare_sft(
     made, identity = _row_tokenizer(run, recipe, tokenizer_folder)
     warned: list[SourceConfig] = []
     for stage in stages:
-        config = recipe.sft.data if stage == "sft" else recipe.lora.data
-        if stage == "lora" and not config.sources and recipe.data.village is None:
-            wanted = recipe.sft.data
-            config = dataclasses.replace(config, sources=wanted.sources, weights=wanted.weights)
-        chosen = _with_sources(run, recipe, stage, config)
+        chosen = _with_sources(run, recipe, stage, rows_config(recipe, stage))
         inputs = _row_inputs(identity, chosen.sources)
         if is_current(run.data(stage), inputs, to_plain(chosen)):
             continue

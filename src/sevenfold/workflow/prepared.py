@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from sevenfold.base.config import to_plain
 from sevenfold.base.console import print_line
 from sevenfold.base.errors import UsageError
 from sevenfold.base.records import Run
+from sevenfold.data.chat import ChatDataConfig
+from sevenfold.workflow.recipe import Recipe
 
 SCRIPTS = {
     "raw": "scripts/01_download_data.py",
@@ -47,17 +50,47 @@ def verified(run: Run, name: str) -> dict[str, Any]:
     return storage.verify_folder(run.data(name))
 
 
-def require_current(run: Run, name: str) -> None:
-    """Refuse prepared data that was made from something that has been replaced since.
+def rows_config(recipe: Recipe, stage: str) -> ChatDataConfig:
+    """Return what a stage's rows are made by.
+
+    LoRA without sources of its own takes the village's new domain, or else what SFT takes.
+    """
+    config: ChatDataConfig = getattr(recipe, stage).data
+    if stage == "lora" and not config.sources and recipe.data.village is None:
+        wanted = recipe.sft.data
+        return dataclasses.replace(config, sources=wanted.sources, weights=wanted.weights)
+    return config
+
+
+def settings(recipe: Recipe, name: str) -> dict[str, Any]:
+    """Return what the recipe says about making a prepared folder, as its manifest keeps it."""
+    data = recipe.data
+    if name == "raw":
+        found: Any = {"sources": data.sources, "village": data.village}
+    elif name == "clean":
+        found = {"clean": recipe.clean, "validation_fraction": data.validation_fraction}
+    else:
+        sections = {"tokenizer": recipe.tokenizer, "packed": recipe.pack}
+        found = sections[name] if name in sections else rows_config(recipe, name)
+    plain: dict[str, Any] = json.loads(json.dumps(to_plain(found)))
+    return plain
+
+
+def require_current(run: Run, recipe: Recipe, name: str) -> None:
+    """Refuse prepared data made from something replaced since, or with other settings.
 
     Errors:
         UsageError: naming the script that makes it anew.
     """
     folders = {"raw": run.data("raw"), "clean": run.data("clean"), "tokenizer": run.tokenizer}
-    chain = {"packed": ("packed", "clean", "tokenizer"), "sft": ("sft", "tokenizer")}
-    for part in chain.get(name, (name, "tokenizer")):
+    chain = ("packed", "clean", "tokenizer", "raw") if name == "packed" else (name, "tokenizer")
+    for part in chain:
         folder = folders.get(part, run.data(part))
-        made_from = storage.read_manifest(folder, made_by=SCRIPTS[part]).get("inputs", {})
+        if part == "raw" and not folder.exists():
+            continue
+        manifest = storage.read_manifest(folder, made_by=SCRIPTS[part])
+        _require_settings(folder, manifest.get("config"), settings(recipe, part), SCRIPTS[part])
+        made_from = manifest.get("inputs", {})
         for input_name, found in made_from.items():
             made = folders.get(input_name)
             if made is None or not (made / storage.MANIFEST).is_file():
@@ -67,6 +100,20 @@ def require_current(run: Run, name: str) -> None:
                     f"{folder}: made from an earlier {made.name} than the one that is there now; "
                     f"run {SCRIPTS[part]} again"
                 )
+
+
+def _require_settings(folder: Path, made_with: Any, wanted: dict[str, Any], script: str) -> None:
+    """Refuse a folder made with other settings: those of the recipe would have no effect."""
+    for key, now in wanted.items():
+        # The village's rows have no sources in the recipe; what they were read from is an input.
+        if key == "sources" and not now:
+            continue
+        then = made_with.get(key) if isinstance(made_with, dict) else None
+        if then != now:
+            raise UsageError(
+                f"{folder}: made with {key} {then}, now it is {now}; run {script} again, or set "
+                "it back"
+            )
 
 
 def say(folder: Path, text: str) -> None:

@@ -23,7 +23,7 @@ def pretrain(run: records.Run, recipe: Recipe, options: training.StageOptions) -
     """Train the initial model on ``data/packed``, or on the folder given with ``--data``."""
     config = recipe.pretrain
     if options.data is None:
-        prepared.require_current(run, "packed")
+        prepared.require_current(run, recipe, "packed")
     elif options.start_from is None:
         _initialize_for_ids(run, recipe, options.data)
     source = training.open_source(run, "init", options)

@@ -114,7 +114,7 @@ def open_rows(run: records.Run, recipe: Recipe, stage: str, source: records.Sour
         processes.wait()
     else:
         require_same_tokenizer(run, source)
-        prepared.require_current(run, stage)
+        prepared.require_current(run, recipe, stage)
     return str(storage.verify_folder(run.data(stage))["fingerprint"])
 
 

@@ -216,19 +216,47 @@ def test_a_changed_source_makes_the_rest_stale(tmp_path: Path, run: Run) -> None
     download(run, path)
     prepare.clean(run, recipe)
     prepare.tokenize_and_pack(run, recipe)
-    prepared.require_current(run, "packed")
+    prepared.require_current(run, recipe, "packed")
     own_texts(tmp_path, 70)
     download(run, path)
     with pytest.raises(
         UsageError,
         match=r"clean: made from an earlier raw than .*; run scripts/02_clean_data\.py again",
     ):
-        prepared.require_current(run, "packed")
+        prepared.require_current(run, recipe, "packed")
     prepare.clean(run, recipe)
     with pytest.raises(UsageError, match=r"run scripts/03_tokenize_and_pack\.py again"):
-        prepared.require_current(run, "packed")
+        prepared.require_current(run, recipe, "packed")
     prepare.tokenize_and_pack(run, recipe)
-    prepared.require_current(run, "packed")
+    prepared.require_current(run, recipe, "packed")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "packed",
+            {"pack": PackConfig(row_length=64, dtype="uint16")},
+            r"row_length 32, now .*03_",
+        ),
+        ("packed", {"village": dataclasses.replace(VILLAGE, seed=4)}, r"raw: .*village.*run .*01_"),
+        ("packed", {"validation_fraction": 0.5}, r"validation_fraction 0.05, now it is 0.5; .*02_"),
+        ("sft", {"max_length": 48}, r"data/sft: made with max_length 64, now it is 48; .*06_prep"),
+        ("lora", {"max_length": 48}, r"data/lora: made with max_length 64, now it is 48; .*06_pre"),
+        ("dpo", {"max_length": 48}, r"data/dpo: made with max_length 64, now it is 48; .*08_prep"),
+    ],
+)
+def test_settings_that_were_not_prepared_with_are_refused(
+    village: Run, name: str, changes: dict[str, Any], message: str
+) -> None:
+    prepared.require_current(village, make_recipe(), name)
+    recipe = make_recipe(**{k: v for k, v in changes.items() if k not in ("pack", "max_length")})
+    recipe.pack = changes.get("pack", recipe.pack)
+    if "max_length" in changes:
+        section = getattr(recipe, name)
+        section.data = dataclasses.replace(section.data, max_length=changes["max_length"])
+    with pytest.raises(UsageError, match=message):
+        prepared.require_current(village, recipe, name)
 
 
 def test_a_hub_source_is_known_by_its_revision() -> None:

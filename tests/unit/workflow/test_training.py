@@ -11,14 +11,15 @@ import pytest
 from sevenfold.base import storage
 from sevenfold.base.errors import UsageError
 from sevenfold.base.records import Run, Source
-from sevenfold.workflow import prepare, training
+from sevenfold.workflow import prepare, prepared, training
 
 RECIPE: Any = types.SimpleNamespace()
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run with a tokenizer, rows made with it, and a stage trained with it."""
+    monkeypatch.setattr(prepared, "settings", lambda recipe, name: {})
     made = Run(folder=tmp_path / "run", facts={"preset": "demo"})
     write_tokenizer(made, "first")
     known = storage.read_manifest(made.tokenizer)["fingerprint"]
