@@ -111,8 +111,8 @@ def _require_settings(folder: Path, made_with: Any, wanted: dict[str, Any], scri
         then = made_with.get(key) if isinstance(made_with, dict) else None
         if then != now:
             raise UsageError(
-                f"{folder}: made with {key} {then}, now it is {now}; run {script} again, or set "
-                "it back"
+                f"{folder}: made with {key} {then}, now it is {now}; run {script} with that "
+                "setting first, or set it back"
             )
 
 

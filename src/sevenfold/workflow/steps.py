@@ -14,7 +14,7 @@ from typing import Any
 
 from sevenfold.base import console, storage
 from sevenfold.base.config import to_plain
-from sevenfold.base.errors import SevenfoldError
+from sevenfold.base.errors import SevenfoldError, StoppedError
 from sevenfold.base.records import Run
 from sevenfold.workflow import recipe as recipes
 from sevenfold.workflow.recipe import Recipe
@@ -136,6 +136,7 @@ def train(options: argparse.Namespace, stage: str) -> None:
     with working_on(options, precision_overrides(options, stage)) as job:
         require_known_gates(job.run, job.recipe, recipes.gates_file())
         if options.dry_run:
+            call("training", "check_named_inputs")(job.run, job.recipe, _stage_options(options))
             dry_run(job, [stage], options)
         else:
             train_stage(job, stage, options)
@@ -147,15 +148,23 @@ def train_stage(job: Job, stage: str, options: argparse.Namespace) -> None:
         call("planning", "require_room")(job.run, job.recipe, stage)
     if _train_on_all_gpus(job.run, stage, options):
         return
+    try:
+        call(stage, stage)(job.run, job.recipe, _stage_options(options))
+    except StoppedError as stopped:
+        if options.resume:
+            raise
+        raise StoppedError(f"{stopped}, without --no-resume this time") from None
+
+
+def _stage_options(options: argparse.Namespace) -> Any:
     training = importlib.import_module("sevenfold.workflow.training")
-    stage_options = training.StageOptions(
+    return training.StageOptions(
         oom_recovery=options.enable_oom_recovery,
         resume=options.resume,
         start_from=options.start_from,
         force=options.force,
         data=getattr(options, "data", None),
     )
-    call(stage, stage)(job.run, job.recipe, stage_options)
 
 
 def dry_run(job: Job, stages: Sequence[str], options: argparse.Namespace) -> None:
@@ -165,6 +174,7 @@ def dry_run(job: Job, stages: Sequence[str], options: argparse.Namespace) -> Non
         return
     arguments = [stages[0], "--dry-run", "--preset", job.run.preset]
     arguments += [] if options.config is None else ["--config", str(options.config)]
+    arguments += [] if options.fp8 is None else ["--fp8" if options.fp8 else "--no-fp8"]
     for assignment in options.set:
         arguments += ["--set", assignment]
     if not _on_all_gpus(job.run, arguments):

@@ -17,6 +17,7 @@ from sevenfold.base.config import fingerprint, to_plain
 from sevenfold.base.console import print_line
 from sevenfold.base.errors import UsageError
 from sevenfold.base.hardware import detect_gpu_type
+from sevenfold.data.shards import open_shards
 from sevenfold.model import float8, llama
 from sevenfold.train import loop, parallel
 from sevenfold.train.config import TrainConfig
@@ -95,6 +96,21 @@ def open_source(run: records.Run, previous: str, options: StageOptions) -> recor
     files = sorted(path for path in folder.iterdir() if path.is_file())
     found = fingerprint({path.name: storage.sha256_file(path) for path in files})
     return records.Source(folder=folder, fingerprint=found, stage="external", external=True)
+
+
+def check_named_inputs(run: records.Run, recipe: Recipe, options: StageOptions) -> None:
+    """Open what ``--start-from`` and ``--data`` name, for a dry run, which opens nothing else.
+
+    Errors:
+        UsageError: nothing of the kind is there.
+        BadDataError: the data are not what training needs.
+    """
+    rows = recipe.model.vocab_size
+    if options.start_from is not None:
+        folder = open_source(run, "init", options).folder
+        rows = int(storage.read_json(folder / "config.json").get("vocab_size", rows))
+    if options.data is not None:
+        open_shards(options.data, vocab_size=rows, min_length=recipe.pretrain.longest_context)
 
 
 def open_rows(run: records.Run, recipe: Recipe, stage: str, source: records.Source) -> str:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sevenfold.base import storage
@@ -200,6 +201,45 @@ def test_a_dry_run_writes_nothing(place: Path, capsys: pytest.CaptureFixture[str
     assert [path.name for path in place.iterdir()] == ["a.txt"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ("pretrain --data nowhere", 2, "nowhere: no such folder"),
+        ("pretrain --data packed", 4, "a.npy: id 99999 at (1, 2) is outside the vocabulary"),
+        ("sft --start-from nowhere", 2, "no config.json; name a Hugging Face model folder"),
+    ],
+)
+def test_a_dry_run_opens_what_is_named(
+    place: Path, capsys: pytest.CaptureFixture[str], arguments: str, code: int, message: str
+) -> None:
+    rows = np.zeros((4, 256), dtype=np.int64)
+    rows[1, 2] = 99999
+    (place / "packed").mkdir()
+    np.save(place / "packed" / "a.npy", rows)
+    assert cli.execute([*arguments.split(), "--dry-run"]) == code
+    assert message in capsys.readouterr().err
+    assert [path.name for path in place.iterdir()] == ["packed"]
+
+
+@pytest.mark.parametrize("flag", ["", " --no-resume"])
+def test_a_stopped_stage_says_with_which_command_it_goes_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    """With --no-resume the same command would set the saved steps aside."""
+
+    def call(module: str, function: str) -> Callable[..., None]:
+        def perform(*anything: object) -> None:
+            if function == "sft":
+                raise StoppedError("run the same command again to go on")
+
+        return perform
+
+    monkeypatch.setattr(steps, "call", call)
+    assert cli.execute(f"sft{flag}".split()) == 75
+    said = "again to go on, without --no-resume this time" if flag else "again to go on"
+    assert capsys.readouterr().err == f"error: run the same command {said}\n"
+
+
 def test_the_7b_without_a_gpu_says_what_it_needs(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -279,6 +319,21 @@ def test_one_process_per_gpu(
     ]  # fmt: skip
     monkeypatch.setenv("RANK", "1")
     assert steps._is_locked_for_us(Path("runs/demo"))
+
+
+def test_a_dry_run_on_several_gpus_keeps_the_precision(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+
+    def on_all_gpus(run: object, arguments: list[str]) -> bool:
+        started.append(arguments)
+        return True
+
+    monkeypatch.setattr(steps, "_on_all_gpus", on_all_gpus)
+    assert cli.execute(["sft", "--no-fp8", "--set", "seed=4", "--dry-run"]) == 0
+    expected = ["sft", "--dry-run", "--preset", "demo", "--no-fp8", "--set", "seed=4"]
+    assert started == [expected]
 
 
 def quick(command: list[str], *, code: int) -> str:
