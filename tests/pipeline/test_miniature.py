@@ -104,6 +104,17 @@ def test_killed_at_a_file_operation_the_same_command_ends_with_the_same_model(
     assert not list((copy / "lora").rglob(".*.partial-*"))
 
 
+def test_a_finished_model_that_was_damaged_is_made_again(copy: Path, unbroken: Path) -> None:
+    path = copy / "sft" / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    again = sevenfold("sft", "--run", copy)
+    assert again.returncode == 0, again.stderr
+    assert "model.safetensors" in again.stderr
+    assert "made again from the last checkpoint" in again.stderr
+    assert "resuming from step 10 of 10" in again.stdout
+    assert fingerprint(copy, "sft") == fingerprint(unbroken / "run", "sft")
+
+
 # --- exit codes
 
 

@@ -15,7 +15,7 @@ import torch
 from sevenfold.base import records, storage
 from sevenfold.base.config import fingerprint, to_plain
 from sevenfold.base.console import print_line
-from sevenfold.base.errors import UsageError
+from sevenfold.base.errors import SevenfoldError, UsageError
 from sevenfold.base.hardware import detect_gpu_type
 from sevenfold.data.shards import open_shards
 from sevenfold.model import float8, llama
@@ -222,8 +222,22 @@ def _is_finished(job: Job) -> bool:
                 f"{now}; train it again with {records.SCRIPTS[job.stage]} --no-resume, or set it "
                 "back"
             )
+    if not _is_whole(job, record):
+        return False
     print_line(f"{job.stage}: already finished, {record['metrics'].get('step')} steps")
     return True
+
+
+def _is_whole(job: Job, record: Mapping[str, Any]) -> bool:
+    """True if the finished stage's model is what was written; else its last checkpoint serves."""
+    try:
+        found = storage.verify_folder(job.run.model(job.stage))["fingerprint"]
+        problem = "" if found == record.get("fingerprint") else f"{job.folder}: another model"
+    except SevenfoldError as error:
+        problem = str(error)
+    if problem:
+        log.warning("%s; it is made again from the last checkpoint", problem)
+    return not problem
 
 
 def _old(job: Job, number: int) -> Path:
