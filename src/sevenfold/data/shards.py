@@ -181,7 +181,9 @@ def open_shards(
     for name, array in [part for split in parts.values() for part in split]:
         _check_ids(name, array, vocab_size, row_length)
     train, validation = _split(folder, parts, row_length)
-    return PackedShards(train=train, validation=validation, fingerprint=fingerprint(hashes))
+    own = (folder / storage.MANIFEST).is_file()  # then lineage finds the folder by its manifest
+    found = storage.read_manifest(folder)["fingerprint"] if own else fingerprint(hashes)
+    return PackedShards(train=train, validation=validation, fingerprint=str(found))
 
 
 def _open_input_ids(

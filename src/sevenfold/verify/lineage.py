@@ -71,7 +71,7 @@ def trace(run: Run) -> list[Artifact]:
             name=name,
             label=label,
             fingerprint=bytes_fingerprint,
-            parents=tuple(dict.fromkeys(_parents(name, inputs, holders, labels))),
+            parents=tuple(dict.fromkeys(_parents(name, inputs, holders, labels, run.folder))),
         )
         for name, label, bytes_fingerprint, inputs in found
     ]
@@ -110,11 +110,15 @@ def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _parents(
-    child: str, inputs: Mapping[str, Any], holders: Mapping[str, str], labels: Mapping[str, str]
+    child: str,
+    inputs: Mapping[str, Any],
+    holders: Mapping[str, str],
+    labels: Mapping[str, str],
+    root: Path,
 ) -> Iterator[Parent]:
     for given, value in inputs.items():
         holder = holders.get(str(value))
-        name = holder or _named(given, labels)
+        name = holder or _named(given, labels, root)
         if name == child:
             name = holder = None
         yield Parent(
@@ -125,13 +129,13 @@ def _parents(
         )
 
 
-def _named(given: str, known: Container[str]) -> str | None:
-    """Return the artifact of this run that an input's name means, if there is one."""
+def _named(given: str, known: Container[str], root: Path) -> str | None:
+    """Return the artifact of this run that an input's name, or the path of a file in it, means."""
     name = f"data/{given}" if given in DATA_FOLDERS else given
-    if name in known:
-        return name
-    inside = Path(given).parts[-3:-1]
-    return "/".join(inside) if inside and "/".join(inside) in known else None
+    folder = Path(given).absolute().parent
+    if name not in known and folder.is_relative_to(root.absolute()):
+        name = folder.relative_to(root.absolute()).as_posix()
+    return name if name in known else None
 
 
 def _inputs_first(artifacts: list[Artifact]) -> list[Artifact]:

@@ -84,6 +84,13 @@ def test_the_fingerprint_follows_the_bytes(tmp_path: Path) -> None:
     assert open_(tmp_path).fingerprint != before
 
 
+def test_a_folder_of_our_own_has_the_fingerprint_of_its_manifest(tmp_path: Path) -> None:
+    """By it the record of a stage and the lineage of a run name the rows that were trained on."""
+    save(tmp_path, table())
+    manifest = storage.write_manifest(tmp_path, kind="packed")
+    assert open_(tmp_path).fingerprint == manifest["fingerprint"]
+
+
 def refused(folder: Path, message: str, **facts: Any) -> None:
     with pytest.raises(BadDataError, match=message):
         open_(folder, **facts)

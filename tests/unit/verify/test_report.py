@@ -571,13 +571,14 @@ def test_rows_made_from_a_file_of_another_folder_name_that_folder(tmp_path):
     write_data(run, "raw", content="talks")
     path = run.data("raw") / "raw"
     given = fingerprint({"raw": storage.sha256_file(path)})
-    write_data(run, "sft", inputs={str(path): given, "/elsewhere/more.jsonl": "12" * 32})
+    elsewhere = "/elsewhere/data/raw/more.jsonl"
+    write_data(run, "sft", inputs={str(path): given, elsewhere: "12" * 32})
 
     def parents():
         found = {artifact.name: artifact for artifact in lineage.trace(run)}
         return [(parent.label, parent.state) for parent in found["data/sft"].parents]
 
-    outside = ("/elsewhere/more.jsonl", "outside")
+    outside = (elsewhere, "outside")
     assert parents() == [("source text", "here"), outside]
     write_data(run, "raw", content="other talks")
     assert parents() == [("source text", "changed"), outside]
