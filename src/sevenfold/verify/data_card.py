@@ -69,7 +69,7 @@ def _source(run: Run, source: Mapping[str, Any], label: str) -> DataSource:
         location="" if location == name else location,
         licence="" if licence.lower() in ("unknown", "none") else licence,
         amount=amount,
-        unit=unit,
+        unit=unit.removesuffix("s") if amount == 1 else unit,
         used_as=label,
     )
 

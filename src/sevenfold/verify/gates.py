@@ -357,6 +357,6 @@ def _decide(check: Check, kind: Kind, measured: Estimate, confidence: float) -> 
         return "inconclusive", f"{interval} contains {threshold:g}; no number of samples decides"
     return (
         "inconclusive",
-        f"{interval} contains {threshold:g}; about {max(needed, n + 1)} samples would decide "
+        f"{interval} contains {threshold:g}; about {max(needed, n + 1):,} samples would decide "
         "if the value stays",
     )

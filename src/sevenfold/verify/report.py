@@ -237,7 +237,8 @@ def _samples(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for sample in samples if isinstance(samples, list) else ():
             if isinstance(sample, Mapping):
                 prompt = report_text.prompt(sample.get("prompt"))
-                answers.setdefault(prompt, {})[stage["name"]] = str(sample.get("answer", ""))
+                answer = str(sample.get("answer", "")).strip()
+                answers.setdefault(prompt, {})[stage["name"]] = answer
                 if isinstance(sample.get("expected"), str):
                     expected[prompt] = sample["expected"]
     names = [s["name"] for s in stages if any(s["name"] in given for given in answers.values())]

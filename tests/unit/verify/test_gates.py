@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,11 @@ def test_only_the_bound_passes_not_the_point() -> None:
     assert weak["result"] == "inconclusive"
     assert "samples would decide" in weak["why"]
     assert outcome(at_least(0.8), evidence({"refusal_rate": rate(60, 100)}))["result"] == "fail"
+
+
+def test_many_samples_are_grouped_in_thousands() -> None:
+    near = outcome(at_least(0.27), evidence({"refusal_rate": rate(629, 2376)}))
+    assert re.search(r"about \d\d,\d{3} samples would decide", near["why"])
 
 
 def test_ten_of_ten_is_not_enough() -> None:

@@ -396,6 +396,15 @@ def test_prompts_asked_of_one_stage_only_come_last_and_many_fold_away(tmp_path):
     assert "empty answer" in text
 
 
+def test_one_file_is_one_document(tmp_path):
+    run = start_run(tmp_path / "run")
+    files = [{"name": name, "location": name, "documents": n} for name, n in (("a", 1), ("b", 2))]
+    write_data(run, "raw", sources=files, documents=3)
+    text = words(page_of(run)[0].text)
+    assert "1 document source text" in text
+    assert "2 documents source text" in text
+
+
 def test_an_unknown_licence_is_marked(example):
     page, source = page_of(example)
     assert re.search(r'letters.*?<strong class="unknown">', source, re.S)
