@@ -208,7 +208,9 @@ def _refusal(run: Run, stage: str, found: str) -> str | None:
         ]
         return f"{path}: {stage} was not promoted ({', '.join(failed) or 'no check passed'})"
     evidence = run.record(stage).get("evidence", {})
-    if evidence.get("verdict_sha256") != storage.sha256_file(path):
+    if "verdict_sha256" not in evidence:
+        return f"{path}: the verdict is older than {run.stage(stage) / 'record.json'}; {judge}"
+    if evidence["verdict_sha256"] != storage.sha256_file(path):
         return f"{path}: the verdict was changed after the gate wrote it; {judge}"
     for name, key in EVIDENCE.items():
         measured = run.stage(stage) / name

@@ -121,6 +121,14 @@ def test_edited_evidence_of_a_verdict_is_refused(run: records.Run, name: str) ->
         records.open_promoted(run, "pretrain")
 
 
+def test_a_verdict_from_before_the_record_is_refused(run: records.Run) -> None:
+    found = finish(run, "pretrain")
+    judge(run, "pretrain", {"fingerprint": found, "promoted": True, "checks": []})
+    assert finish(run, "pretrain") == found
+    with pytest.raises(GateRefusedError, match=r"older than .*record\.json; run scripts/11_eval"):
+        records.open_promoted(run, "pretrain")
+
+
 def test_a_file_that_was_put_beside_a_promoted_model_is_refused(run: records.Run) -> None:
     found = finish(run, "pretrain")
     judge(run, "pretrain", {"fingerprint": found, "promoted": True, "checks": []})
