@@ -90,6 +90,14 @@ def test_stopped_in_a_step_the_same_command_ends_with_the_same_model(
     assert fingerprint(copy, stage) == fingerprint(unbroken / "run", stage)
 
 
+def test_stopped_in_the_last_step_the_stage_is_finished_and_the_run_stops(copy: Path) -> None:
+    without(copy, "dpo")
+    stopped = sevenfold("dpo", "--run", copy, faults="term@step=9")
+    assert stopped.returncode == 75
+    assert "dpo is finished and saved" in stopped.stderr
+    assert sevenfold("dpo", "--run", copy).returncode == 0
+
+
 @pytest.mark.parametrize("operation", [5, 19, 33, 47])
 def test_killed_at_a_file_operation_the_same_command_ends_with_the_same_model(
     copy: Path, unbroken: Path, operation: int
@@ -244,6 +252,7 @@ def test_5_all_checkpoints_damaged(copy: Path) -> None:
     asked = sevenfold("sft", "--run", copy)
     assert asked.returncode == 5
     assert "every checkpoint is damaged" in asked.stderr
+    assert sevenfold("sft", "--run", copy).returncode == 5
     assert "--no-resume" in asked.stderr
 
 

@@ -80,6 +80,8 @@ class Checkpoints:
             except CheckpointError as error:
                 damaged.append(str(error))
                 self._set_aside(step, str(error))
+        # Set aside by an earlier call: going on from nothing would be a silent fresh start.
+        damaged = damaged or [path.name for path in sorted(self.folder.glob("damaged-step-*"))]
         if damaged:
             raise CheckpointError(
                 f"{self.folder}: every checkpoint is damaged ({' | '.join(damaged)}); "

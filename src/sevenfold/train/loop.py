@@ -61,6 +61,7 @@ class Workbench:
     step: int = 0
     tokens: int = 0
     elapsed_s: float = 0.0
+    stopped_at_the_end: bool = False
     guard: FiniteGuard = dataclasses.field(default_factory=lambda: FiniteGuard(0))
 
     @property
@@ -119,6 +120,7 @@ def fit(bench: Workbench) -> dict[str, Any]:
                     f"stopped by a signal after step {bench.step} of {bench.num_steps}, which is "
                     "saved; run the same command again to go on"
                 )
+        bench.stopped_at_the_end = stop.agreed
     return last
 
 
@@ -276,9 +278,14 @@ def resume(bench: Workbench) -> bool:
     Errors:
         CheckpointError: it was written with other inputs or settings, or for another model.
     """
-    snapshot = bench.checkpoints.load_latest()
+    # The main process sets damaged checkpoints aside; the others look when it has done so.
+    snapshot = bench.checkpoints.load_latest() if bench.processes.is_main else None
+    bench.processes.wait()
+    if not bench.processes.is_main:
+        snapshot = bench.checkpoints.load_latest()
     if snapshot is None:
-        bench.metrics.rewind(0)
+        if bench.processes.is_main:
+            bench.metrics.rewind(0)
         return False
     _check_identity(
         snapshot.state["identity"], bench.identity, bench.checkpoints.path(snapshot.step)

@@ -69,7 +69,10 @@ def _doubt(run: Run, stage: str, record: Mapping[str, Any], verdict: Mapping[str
 
 
 def _forced_past(run: Run, stage: str) -> str:
-    """Return the reason with which the stage after ``stage`` was started, if it was forced."""
+    """Return the reason with which the gate of ``stage`` was gone past, if it was."""
+    own = lineage.read_record_if_there(run, stage)
+    if own and own.get("forced_past"):
+        return str(own["forced_past"])
     for following in STAGES[STAGES.index(stage) + 1 :]:
         record = lineage.read_record_if_there(run, following)
         if record:

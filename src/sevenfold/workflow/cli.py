@@ -8,9 +8,13 @@ at once.
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from sevenfold.base import console
 from sevenfold.base.errors import SevenfoldError, StoppedError
@@ -37,6 +41,7 @@ def execute(arguments: list[str], *, verb: str | None = None, program: str = "se
     console.silence_libraries()
     console.share_cores()
     console.setup_logging(debug=debug)
+    previous = _stop_on_terminate()
     try:
         chosen, options = flags.parse(arguments, verb=verb, program=program)
         module, _, function = chosen.perform.partition(":")
@@ -57,7 +62,23 @@ def execute(arguments: list[str], *, verb: str | None = None, program: str = "se
             "the same command with --debug shows where)"
         )
         return SevenfoldError.exit_code
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
     return 0
+
+
+def _stop_on_terminate() -> Any:
+    """End with exit code 75 on SIGTERM wherever training does not handle it; return what was."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise StoppedError(
+            "stopped by SIGTERM; nothing is half-written, run the same command again to go on"
+        )
+
+    return signal.signal(signal.SIGTERM, stop)
 
 
 if __name__ == "__main__":

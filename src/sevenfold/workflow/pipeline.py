@@ -134,6 +134,8 @@ def _judge(stage: str, job: Job, force: str | None, gates_file: Path) -> None:
     except GateRefusedError as refusal:
         if force is None:
             raise
+        record = job.run.record(stage)
+        job.run.write_record(stage, {**record, "forced_past": force})
         console.print_line(f"going on past the gate, forced: {force} ({refusal})", style="yellow")
 
 

@@ -15,7 +15,7 @@ import torch
 from sevenfold.base import records, storage
 from sevenfold.base.config import fingerprint, to_plain
 from sevenfold.base.console import print_line
-from sevenfold.base.errors import SevenfoldError, UsageError
+from sevenfold.base.errors import SevenfoldError, StoppedError, UsageError
 from sevenfold.base.hardware import detect_gpu_type
 from sevenfold.data.shards import open_shards
 from sevenfold.model import float8, llama
@@ -284,6 +284,11 @@ def close(job: Job, bench: loop.Workbench, last: Mapping[str, Any], **facts: Any
     }
     job.run.write_record(job.stage, record)
     print_line(f"{job.stage}: finished, model in {job.run.model(job.stage)}")
+    if bench.stopped_at_the_end:
+        raise StoppedError(
+            f"stopped by a signal in the last step; {job.stage} is finished and saved, run the "
+            "same command again to go on"
+        )
 
 
 def _is_finite(value: Any) -> bool:

@@ -90,6 +90,14 @@ def test_all_damaged_is_an_error_that_lists_each(tmp_path: Path) -> None:
         checkpoints.load_latest()
 
 
+def test_damaged_checkpoints_set_aside_before_are_no_fresh_start(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 1)
+    (checkpoints.path(1) / "state.json").write_text("{}")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"every checkpoint is damaged .*--no-resume"):
+            checkpoints.load_latest()
+
+
 def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1)
     (tmp_path / ".step-00000002.partial-77").mkdir()
