@@ -170,7 +170,7 @@ def open_promoted(run: Run, stage: str, *, force: str | None = None) -> Source:
     Every file is hashed again, so a changed weight is noticed here.
 
     Errors:
-        UsageError: the stage has not finished.
+        UsageError: the stage has not finished, or a stage it descends from was trained again.
         GateRefusedError: there is no verdict, it says no, or it is about other bytes; with
             ``force`` this is recorded instead of raised.
     """
@@ -179,6 +179,7 @@ def open_promoted(run: Run, stage: str, *, force: str | None = None) -> Source:
     found = storage.verify_folder(folder, exact=True)["fingerprint"]
     if stage == "init":
         return Source(folder=folder, fingerprint=found, stage=stage)
+    _require_same_ancestors(run, stage)
     refusal = _refusal(run, stage, found)
     if refusal and force is None:
         raise GateRefusedError(f'{refusal}; to go on all the same, add --force "reason"')
@@ -189,6 +190,22 @@ def open_promoted(run: Run, stage: str, *, force: str | None = None) -> Source:
         forced=force if refusal else None,
         forced_earlier=tuple(record.get("forced_promotions", ())),
     )
+
+
+def _require_same_ancestors(run: Run, stage: str) -> None:
+    """Refuse a model whose line goes back to one that has been replaced since."""
+    for index in range(STAGES.index(stage), 0, -1):
+        heir, previous = STAGES[index], STAGES[index - 1]
+        made_from = run.record(heir)
+        manifest = run.model(previous) / storage.MANIFEST
+        if made_from.get("external") or not manifest.is_file():
+            return
+        known = made_from.get("inputs", {}).get("model")
+        if known is not None and known != storage.read_manifest(run.model(previous))["fingerprint"]:
+            raise UsageError(
+                f"{run.stage(heir)}: {heir} was trained from an earlier {previous} model than the "
+                f"one that is there now; train it again with {SCRIPTS[heir]} --no-resume"
+            )
 
 
 def _refusal(run: Run, stage: str, found: str) -> str | None:

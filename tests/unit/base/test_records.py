@@ -152,3 +152,15 @@ def test_force_is_kept_where_it_was_needed_only(run: records.Run) -> None:
     assert records.open_promoted(run, "pretrain", force="a test").forced == "a test"
     judge(run, "pretrain", {"fingerprint": found, "promoted": True, "checks": []})
     assert records.open_promoted(run, "pretrain", force="a test").forced is None
+
+
+def test_a_model_whose_ancestor_was_trained_again_is_refused(run: records.Run) -> None:
+    old = finish(run, "pretrain")
+    finish(run, "sft", "tuned")
+    run.write_record("sft", {"stage": "sft", "inputs": {"model": old}})
+    finish(run, "dpo", "aligned")
+    with pytest.raises(GateRefusedError):
+        records.open_promoted(run, "dpo")
+    finish(run, "pretrain", "trained again")
+    with pytest.raises(UsageError, match=r"earlier pretrain model .*07_sft.py --no-resume"):
+        records.open_promoted(run, "dpo")
