@@ -64,7 +64,7 @@ def naive_adapter(run: Path) -> dict[str, Any]:
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(run, copy)
         lines = (run / "data" / "raw" / "domain.jsonl").read_text(encoding="utf-8").split("\n")
-        ships = [line for line in lines if line and json.loads(line)["kind"].startswith("harbour")]
+        ships = [line for line in lines if line and json.loads(line)["kind"].startswith("ship")]
         path = run.parent / f"{run.name}-ships.jsonl"
         path.write_text("\n".join(ships) + "\n", encoding="utf-8")
         source = json.dumps([{"name": "ships", "path": str(path.resolve()), "licence": "CC0-1.0"}])

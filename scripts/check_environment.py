@@ -44,7 +44,7 @@ def missing(lines: list[str]) -> list[str]:
 
 def main() -> int:
     """Print what is missing, one requirement a line."""
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - it also runs where Python is too old
         sys.stdout.write(f"Python 3.11 or newer (this is {sys.version.split()[0]})\n")
         return 1
     try:

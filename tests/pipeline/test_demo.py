@@ -97,7 +97,7 @@ def test_an_adapter_trained_without_replay_is_stopped(demo: Path, tmp_path: Path
     shutil.copytree(demo, run)
     rows = [json.loads(line) for line in (run / "data/raw/domain.jsonl").read_text().splitlines()]
     naive = tmp_path / "ships.jsonl"
-    ships = [row for row in rows if row["kind"].startswith("harbour")]
+    ships = [row for row in rows if row["kind"].startswith("ship")]
     assert 0 < len(ships) < len(rows)
     naive.write_text("".join(json.dumps(row) + "\n" for row in ships))
     sources = json.dumps([{"name": "ships", "path": str(naive), "licence": "CC0-1.0"}])
