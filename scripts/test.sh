@@ -10,5 +10,5 @@ status=0
 "$PYTHON" -m ruff check src scripts tests configs || status=1
 "$PYTHON" -m ruff format --check src scripts tests configs || status=1
 "$PYTHON" -m mypy || status=1
-"$PYTHON" -m pytest tests/ -v -n 2 --dist loadgroup "$@" || status=$?
+"$PYTHON" -m pytest tests/ -v -n 2 --dist loadfile "$@" || status=$?
 exit "$status"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tests.pipeline.miniature import STAGES, sevenfold
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

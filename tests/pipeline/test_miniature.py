@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 from tests.pipeline.miniature import STAGES, sevenfold, write_gates, write_recipe
 
-pytestmark = pytest.mark.xdist_group("miniature")
-
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
