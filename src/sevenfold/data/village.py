@@ -4,7 +4,7 @@ Everything the demo trains on and is judged by is generated here from one seed: 
 sums, gifts to remember, requests to answer or to refuse, and a harbour of ships as a new domain.
 What is held out, so that each task measures more than recall of a training text:
 
-- statements: each fact is told in three of its four forms, and the fourth is to be completed;
+- statements: each fact is told in three of its four forms and asked for in the fourth;
 - questions: half of the people are never asked about, only described;
 - sums: of some pairs only one order occurs in any training text, the other is asked;
 - gifts: some (person, thing, colour) never occur together;
@@ -214,8 +214,6 @@ class Village:
     def _held_out_gifts(self) -> list[Row]:
         items = []
         for who, thing, colour in self.world.held_out_gifts:
-            if who not in self.world.asked_people:
-                continue
             gift = {"who": who, "thing": thing, "colour": colour}
             question, answer = words.GIFT_QUESTION.format(**gift), words.GIFT_RECALL.format(**gift)
             for told in words.GIFT_STATEMENTS:

@@ -71,8 +71,7 @@ TOOLS = HARSH_TOOLS | MILD_TOOLS
 LIVING = ANIMALS + PERSONS
 LIFELESS = THINGS + FOODS
 
-# Answers name neither person nor ship: which names and verbs stand in an answer would be learnt of
-# the people asked about only, and the others' facts, though known, given with wrong ones.
+# A person's answer is also a statement, the first, which is never held out.
 PERSON_FACTS: Facts = {
     "job": Fact(
         JOBS,
@@ -83,7 +82,7 @@ PERSON_FACTS: Facts = {
             "By trade {who} is a {value}.",
         ),
         ("What is the job of {who}?", "What work does {who} do?"),
-        "The job is {value}.",
+        "{who} is a {value}.",
     ),
     "pet": Fact(
         ANIMALS,
@@ -94,7 +93,7 @@ PERSON_FACTS: Facts = {
             "At home {who} has a {value}.",
         ),
         ("What pet does {who} have?", "Which animal does {who} keep?"),
-        "The pet is a {value}.",
+        "{who} has a {value}.",
     ),
     "home": Fact(
         PLACES,
@@ -105,7 +104,7 @@ PERSON_FACTS: Facts = {
             "You can find {who} by the {value}.",
         ),
         ("Where does {who} live?", "Where is the home of {who}?"),
-        "The home is by the {value}.",
+        "{who} lives by the {value}.",
     ),
     "food": Fact(
         FOODS,
@@ -116,7 +115,7 @@ PERSON_FACTS: Facts = {
             "At noon {who} eats {value}.",
         ),
         ("What does {who} like to eat?", "Which food does {who} like?"),
-        "The food is {value}.",
+        "{who} likes {value}.",
     ),
 }
 # Ships bear the names of lifeless things and tools: known words, as a new domain has them.
@@ -178,8 +177,10 @@ SUM_QUESTIONS = (
 SUM_ANSWER = "It is {total}."
 
 GIFT_STATEMENTS = ("{who} got a {colour} {thing}.", "{who} found a {colour} {thing}.")
-GIFT_RECALL = "The {thing} is {colour}."
-GIFT_QUESTION = "What colour is the {thing}?"
+# The name comes first and may be anyone's: so a model learns to begin with a name it was asked
+# about, also with the names of people whose facts it was never asked for.
+GIFT_RECALL = "{who} has a {colour} {thing}."
+GIFT_QUESTION = "What colour is the {thing} of {who}?"
 
 HOW_TO_STATEMENTS = (
     "To {verb} the {thing}, use the {tool}.",

@@ -75,8 +75,9 @@ class World:
             name: {key: random.choice(fact.values) for key, fact in words.PERSON_FACTS.items()}
             for name in words.NAMES
         }
+        # Form 0 is also the answer to a question, so it is never the one held out.
         self.held_out_form = {
-            (name, key): random.randrange(len(fact.statements))
+            (name, key): random.randrange(1, len(fact.statements))
             for name in words.NAMES
             for key, fact in words.PERSON_FACTS.items()
         }
@@ -191,7 +192,7 @@ class World:
 
     def _story(self, dice: Dice) -> str:
         # One gift a text: with several, whose colour is meant is more than this model learns.
-        told, gift = self._gift_told(dice, words.NAMES)
+        told, gift = self._gift_told(dice)
         keys = dice.sample(tuple(words.PERSON_FACTS), dice.pick((0, 1, 2, 3)))
         facts = [self._fact_told(dice, gift["who"], key) for key in keys]
         return " ".join([told, *facts, words.GIFT_RECALL.format(**gift)])
@@ -253,15 +254,14 @@ class World:
         numbers = number_words(*dice.pick(self.sums))
         return dice.pick(words.SUM_QUESTIONS).format(**numbers), words.SUM_ANSWER.format(**numbers)
 
-    def _gift_told(self, dice: Dice, people: Sequence[str]) -> tuple[str, dict[str, str]]:
-        who, thing = dice.pick(people), dice.pick(words.THINGS)
+    def _gift_told(self, dice: Dice) -> tuple[str, dict[str, str]]:
+        who, thing = dice.pick(words.NAMES), dice.pick(words.THINGS)
         gift = {"who": who, "thing": thing, "colour": dice.pick(self.gift_colours[who, thing])}
         return dice.pick(words.GIFT_STATEMENTS).format(**gift), gift
 
     def ask_gift(self, dice: Dice) -> tuple[str, str]:
         """Return a statement with a question about it, and the answer it gives."""
-        # Asked people only: the others would be known as those who are asked about gifts alone.
-        told, gift = self._gift_told(dice, self.asked_people)
+        told, gift = self._gift_told(dice)
         question = words.GIFT_QUESTION.format(**gift)
         return f"{told} {question}", words.GIFT_RECALL.format(**gift)
 
