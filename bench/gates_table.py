@@ -110,7 +110,7 @@ def table(found: dict[int, dict[str, dict[str, Any]]]) -> str:
                 ", ".join(_cell(found[seed][stage][model]["checks"][index]) for seed in found)
                 for model in models
             ]
-            limit = f"{check['direction']} {check['threshold']:g}"
+            limit = f"{check['direction'].partition(':')[0]} {check['threshold']:g}"
             lines.append(f"| {check['metric']} | {limit} | " + " | ".join(cells) + " |")
         promoted = [
             ", ".join("yes" if found[seed][stage][m]["promoted"] else "no" for seed in found)
