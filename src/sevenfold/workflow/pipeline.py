@@ -47,7 +47,6 @@ STEPS = (
     Step("09", "dpo", "dpo", "dpo"),
     Step("10", "lora", "lora", "lora"),
 )
-STRIP_MARKS = {"done": ("✓", "green"), "now": ("▸", "bold"), "to come": ("·", "dim")}
 
 
 def run_all(options: argparse.Namespace) -> None:
