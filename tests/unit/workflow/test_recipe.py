@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -19,10 +20,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def own_recipe(place: Path, name: str = "mine.yaml", old: str = "", new: str = "") -> Path:
+def own_recipe(place: Path, name: str = "mine.yaml", seed: int | None = None) -> Path:
     text = (recipes.configs_folder() / "demo.yaml").read_text(encoding="utf-8")
+    if seed is not None:
+        text, count = re.subn(r"^seed: \d+$", f"seed: {seed}", text, count=1, flags=re.MULTILINE)
+        assert count == 1
     path = place / name
-    path.write_text(text.replace(old, new, 1) if old else text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -97,7 +101,7 @@ def test_an_existing_run_supplies_preset_and_recipe(place: Path) -> None:
     ):
         recipes.resolve("small", run_folder=Path("there"))
     _, changed = recipes.resolve(
-        config_file=own_recipe(place, old="seed: 7", new="seed: 9"), run_folder=Path("there")
+        config_file=own_recipe(place, seed=9), run_folder=Path("there")
     )
     assert changed.seed == 9
 
