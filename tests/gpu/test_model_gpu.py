@@ -129,7 +129,10 @@ def test_the_7bs_layers_need_what_the_planner_counts() -> None:
         checkpoint_every=1,
         keep_checkpoints=1,
         log_every=1,
+        keep_best=False,
+        spike_sigma=6.0,
         max_skipped_steps=0,
+        max_rollbacks=0,
     )
     planned = plan(config, train, num_steps=1, precision="bf16", loss_kernel="cce").memory[0]
     model = initialize(config, INIT, 0, torch.bfloat16, "cuda")

@@ -68,7 +68,10 @@ def training(steps: int, peak_lr: float, contexts: list[tuple[int, float]]) -> d
         "checkpoint_every": 4,
         "keep_checkpoints": 3,
         "log_every": 1,
+        "keep_best": False,
+        "spike_sigma": 6.0,
         "max_skipped_steps": 0,
+        "max_rollbacks": 0,
     }
 
 

@@ -203,8 +203,12 @@ class Batches:
         seed: int,
         rank: int = 0,
         world: int = 1,
+        place: Callable[[int], int] | None = None,
     ):
-        """Check that rows, contexts and processes divide each other, then serve batches."""
+        """Check that rows, contexts and processes divide each other, then serve batches.
+
+        ``place`` maps a step to its place in the sequence, where data were passed over.
+        """
         longest = source.row_length
         if source.num_rows == 0:
             raise UsageError("there is not one row to train on; prepare more data")
@@ -234,6 +238,7 @@ class Batches:
         self.seed = seed
         self.rank = rank
         self.world = world
+        self._place = place
         self._permutations: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -246,7 +251,7 @@ class Batches:
 
     def indices(self, step: int) -> NDArray[np.int64]:
         """Rows of ``step`` over all processes."""
-        first = step * self.rows_per_batch
+        first = (step if self._place is None else self._place(step)) * self.rows_per_batch
         places = np.arange(first, first + self.rows_per_batch)
         epochs, offsets = np.divmod(places, self.source.num_rows)
         parts = [self._permutation(int(e))[offsets[epochs == e]] for e in np.unique(epochs)]

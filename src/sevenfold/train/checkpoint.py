@@ -3,13 +3,19 @@
 One folder a checkpoint, ``step-00000100``: model.safetensors (what is trained),
 optimizer.safetensors, random.safetensors, state.json and a manifest with their SHA-256. A folder
 is complete or does not exist; a damaged one is set aside by name and the one before it is used.
+Training goes on while one is written: tensors are copied to main memory first, on a GPU beside
+the next step's computation, and the next update waits for that copy alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import math
 import re
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +25,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sevenfold.base import storage
-from sevenfold.base.errors import CheckpointError
+from sevenfold.base.errors import CheckpointError, UsageError
 
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8})")
+PARTS = ("model", "optimizer", "random")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,10 +46,14 @@ class Snapshot:
 class Checkpoints:
     """The checkpoints of one stage."""
 
-    def __init__(self, folder: Path, *, keep: int):
-        """Use ``folder``; keep the newest ``keep`` checkpoints."""
+    def __init__(self, folder: Path, *, keep: int, keep_best: bool = False):
+        """Use ``folder``; keep the newest ``keep``, and the best by held-out loss if asked."""
         self.folder = folder
         self.keep = keep
+        self.keep_best = keep_best
+        self._memory = _MainMemory()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
 
     def steps(self) -> list[int]:
         """Steps of all complete checkpoints, oldest first."""
@@ -55,16 +66,94 @@ class Checkpoints:
         """Folder of the checkpoint of ``step``."""
         return self.folder / f"step-{step:08d}"
 
+    def require_room(self, size_bytes: int) -> None:
+        """Refuse to start where the disk cannot hold what is to be kept, and one being written.
+
+        Errors:
+            UsageError: it cannot; the message has the sizes.
+        """
+        parent = next(path for path in (self.folder, *self.folder.parents) if path.is_dir())
+        files = [path for step in self.steps() for path in self.path(step).rglob("*")]
+        present = sum(path.stat().st_size for path in files if path.is_file())
+        needed = size_bytes * (self.keep + self.keep_best + 1) - present
+        free = shutil.disk_usage(parent).free
+        if needed > free:
+            raise UsageError(
+                f"{self.folder}: {self.keep + self.keep_best + 1} checkpoints of "
+                f"{size_bytes / 2**30:.2f} GiB (those kept, and one being written) need "
+                f"{needed / 2**30:.2f} GiB more, {free / 2**30:.2f} GiB are free; set a smaller "
+                "keep_checkpoints, or choose a --run folder on a larger disk"
+            )
+
     def save(self, snapshot: Snapshot) -> None:
-        """Write a checkpoint durably, then remove those beyond ``keep``."""
+        """Copy ``snapshot`` to main memory and write it while training goes on.
+
+        Errors:
+            SevenfoldError: the one before could not be written.
+        """
+        self.finish()
+        copied: dict[str, Any] = {
+            part: self._memory.copy(part, getattr(snapshot, part)) for part in PARTS
+        }
+        self._writing = self._writer.submit(self._write, dataclasses.replace(snapshot, **copied))
+
+    def wait_until_copied(self) -> None:
+        """Let the GPU do nothing that changes weights before they have been copied."""
+        self._memory.wait()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint under way.
+
+        Errors:
+            SevenfoldError: it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    close = finish
+
+    def check(self) -> None:
+        """Raise what went wrong with the checkpoint under way, if it has ended."""
+        if self._writing is not None and self._writing.done():
+            self.finish()
+
+    def _write(self, snapshot: Snapshot) -> None:
+        """Write a checkpoint durably, read it again, then remove those that need not be kept."""
+        self._memory.wait_for_host()
         target = self.path(snapshot.step)
         with storage.new_folder(target, kind="checkpoint", step=snapshot.step) as folder:
-            for name in ("model", "optimizer", "random"):
-                tensors = getattr(snapshot, name)
-                save_file(_separate(tensors), folder / f"{name}.safetensors")
+            for part in PARTS:
+                save_file(_separate(getattr(snapshot, part)), folder / f"{part}.safetensors")
             storage.write_json(folder / "state.json", snapshot.state)
-        for step in self.steps()[: -self.keep]:
-            storage.remove_folder(self.path(step))
+        storage.verify_folder(target, CheckpointError)
+        kept = self._to_keep(snapshot.step)
+        for step in self.steps():
+            if step < snapshot.step and step not in kept:
+                storage.remove_folder(self.path(step))
+
+    def _to_keep(self, newest: int) -> set[int]:
+        """Return the steps up to ``newest`` that stay; later ones are not this line's to judge."""
+        steps = [step for step in self.steps() if step <= newest]
+        kept = set(steps[-self.keep :])
+        if best := self.best(steps) if self.keep_best else None:
+            kept.add(best)
+        return kept
+
+    def best(self, steps: list[int]) -> int | None:
+        """Return the step among ``steps`` with the lowest held-out loss, None if none has one."""
+        losses = {step: self.held_out_loss(step) for step in steps}
+        measured = {step: loss for step, loss in losses.items() if loss is not None}
+        return min(measured, key=lambda step: (measured[step], -step), default=None)
+
+    def held_out_loss(self, step: int) -> float | None:
+        """Return the held-out loss that was measured at the step of a checkpoint."""
+        with contextlib.suppress(CheckpointError):
+            state = storage.read_json(self.path(step) / "state.json", CheckpointError)
+            loss = state.get("validation_loss")
+            if isinstance(loss, float) and math.isfinite(loss):
+                return loss
+        return None
 
     def load_latest(self) -> Snapshot | None:
         """Return the newest checkpoint whose every byte is as it was written, or None.
@@ -72,11 +161,12 @@ class Checkpoints:
         Errors:
             CheckpointError: there are checkpoints, and all are damaged; each is named.
         """
+        self.finish()
         storage.sweep(self.folder)
         damaged: list[str] = []
         for step in reversed(self.steps()):
             try:
-                return self._load(step)
+                return self.load(step)
             except CheckpointError as error:
                 damaged.append(str(error))
                 self._set_aside(step, str(error))
@@ -89,16 +179,18 @@ class Checkpoints:
             )
         return None
 
-    def _load(self, step: int) -> Snapshot:
+    def load(self, step: int) -> Snapshot:
+        """Read one checkpoint, every byte checked.
+
+        Errors:
+            CheckpointError: it is not complete, or not as it was written.
+        """
         folder = self.path(step)
         if not (folder / storage.MANIFEST).is_file():
             raise CheckpointError(f"{folder / storage.MANIFEST}: missing")
         storage.verify_folder(folder, CheckpointError)
         try:
-            tensors = {
-                name: load_file(folder / f"{name}.safetensors")
-                for name in ("model", "optimizer", "random")
-            }
+            tensors = {part: load_file(folder / f"{part}.safetensors") for part in PARTS}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{folder}: not readable: {error}") from None
         state = storage.read_json(folder / "state.json", CheckpointError)
@@ -111,16 +203,57 @@ class Checkpoints:
         storage.move_folder(self.path(step), damaged)
 
 
+class _MainMemory:
+    """Copies of tensors in main memory; page-locked and reused where they come from a GPU."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+        self._stream: torch.cuda.Stream | None = None
+        self._copied: torch.cuda.Event | None = None
+
+    def copy(self, part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return copies; those of GPU tensors are complete once :meth:`wait_for_host` returns."""
+        copies = {name: t.detach().clone() for name, t in tensors.items() if not t.is_cuda}
+        on_gpu = {name: t.detach() for name, t in tensors.items() if t.is_cuda}
+        if on_gpu:
+            self._stream = self._stream or torch.cuda.Stream()
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                for name, tensor in on_gpu.items():
+                    buffer = self._buffer(f"{part}/{name}", tensor)
+                    copies[name] = buffer.copy_(tensor, non_blocking=True)
+                    tensor.record_stream(self._stream)
+            self._copied = self._stream.record_event()
+        return copies
+
+    def _buffer(self, key: str, tensor: Tensor) -> Tensor:
+        held = self._buffers.get(key)
+        if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
+            held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._buffers[key] = held
+        return held
+
+    def wait(self) -> None:
+        """Let the GPU's next work, but not this thread, wait for the copies."""
+        if self._copied is not None:
+            torch.cuda.current_stream().wait_event(self._copied)
+
+    def wait_for_host(self) -> None:
+        """Return when the copies are complete."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return contiguous CPU copies; tensors that share memory are written out each."""
+    """Return contiguous tensors none of which shares memory with another."""
     seen: set[int] = set()
     separate = {}
     for name, tensor in tensors.items():
-        copy = tensor.detach().cpu().contiguous()
-        if copy.numel() and copy.data_ptr() in seen:
-            copy = copy.clone()
-        seen.add(copy.data_ptr())
-        separate[name] = copy
+        whole = tensor.contiguous()
+        if whole.numel() and whole.data_ptr() in seen:
+            whole = whole.clone()
+        seen.add(whole.data_ptr())
+        separate[name] = whole
     return separate
 
 

@@ -17,7 +17,7 @@ Count = Annotated[int, Field(ge=1)]
 # speed, memory or what is written, not the result (the micro-batch changes rounding only).
 HARMLESS = frozenset(
     {"micro_batch", "compile", "recompute", "log_every", "checkpoint_every", "keep_checkpoints",
-     "validate_every"}
+     "keep_best", "validate_every"}
 )  # fmt: skip
 
 
@@ -79,7 +79,10 @@ class TrainConfig:
     ``tokens_per_batch`` counts a whole step over all processes, ``micro_batch`` rows of the
     longest context in one forward. ``precision`` is what matrix products compute in, ``weights``
     what parameters are kept in. ``mask_documents`` keeps packed documents from seeing each other
-    (always so in SFT and DPO).
+    (always so in SFT and DPO). ``keep_best`` keeps the checkpoint with the lowest held-out loss
+    beside the newest. A step beyond ``spike_sigma`` standard deviations (None: never) or not
+    finite is skipped; after more than ``max_skipped_steps`` in a row training goes back to the
+    last checkpoint and passes over the data since, ``max_rollbacks`` times.
     """
 
     duration: Duration
@@ -98,8 +101,11 @@ class TrainConfig:
     validation_batches: Count
     checkpoint_every: Count
     keep_checkpoints: Count
+    keep_best: bool
     log_every: Count
+    spike_sigma: Annotated[float, Field(gt=0)] | None
     max_skipped_steps: Annotated[int, Field(ge=0)]
+    max_rollbacks: Annotated[int, Field(ge=0)]
 
     def __post_init__(self) -> None:
         """Check what can be checked without data."""

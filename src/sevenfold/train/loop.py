@@ -5,26 +5,27 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import time
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from sevenfold.base import faults
-from sevenfold.base.errors import CheckpointError, MemoryExhaustedError, StoppedError
+from sevenfold.base.errors import DivergedError, MemoryExhaustedError, StoppedError
 from sevenfold.base.hardware import OOMHandler, peak_memory_gib, release_memory
 from sevenfold.base.storage import JsonLines
 from sevenfold.data.batches import Batch, Batches
 from sevenfold.objective.next_token import Objective, Scorer
-from sevenfold.train import checkpoint, parallel
-from sevenfold.train.config import HARMLESS, TrainConfig
-from sevenfold.train.optimizer import clip_gradients, set_learning_rate
-from sevenfold.train.recovery import FiniteGuard, StopRequest, stop_on_signal
+from sevenfold.train import checkpoint, optimizer, parallel, resuming
+from sevenfold.train.config import TrainConfig
+from sevenfold.train.recovery import Decisions, RollBack, StepGuard, StopRequest, stop_on_signal
 from sevenfold.train.schedule import learning_rate
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Progress(Protocol):
@@ -39,8 +40,9 @@ class Workbench:
     """Everything a stage trains with.
 
     ``identity`` is what a checkpoint must agree with: fingerprints of the inputs and the stage's
-    settings. ``flops_per_token`` maps a context length to FLOPs; ``peak_flops`` is one GPU's, 0
-    where unknown.
+    settings; ``program`` says what code and libraries train. ``flops_per_token`` maps a context
+    length to FLOPs; ``peak_flops`` is one GPU's, 0 where unknown. ``last`` is the last row of
+    metrics.
     """
 
     stage: str
@@ -58,16 +60,24 @@ class Workbench:
     identity: dict[str, Any]
     flops_per_token: Callable[[int], float]
     peak_flops: float
+    guard: StepGuard
+    decisions: Decisions
+    program: dict[str, Any] = dataclasses.field(default_factory=dict)
     step: int = 0
     tokens: int = 0
     elapsed_s: float = 0.0
+    last: dict[str, Any] = dataclasses.field(default_factory=dict)
     stopped_at_the_end: bool = False
-    guard: FiniteGuard = dataclasses.field(default_factory=lambda: FiniteGuard(0))
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the whole stage."""
         return self.batches.num_steps
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """The parameters that training changes, by name."""
+        return {n: p for n, p in self.scorer.named_parameters() if p.requires_grad}
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which this stage's forward passes run."""
@@ -85,78 +95,118 @@ def autocast(
 
 
 def fit(bench: Workbench) -> dict[str, Any]:
-    """Train from the latest checkpoint, or from the start, to the last step.
+    """Train from where the bench stands to the last step.
 
     Returns:
         the last row of metrics.
     Errors:
         StoppedError: a signal came; the step was finished and saved.
-        DivergedError: too many steps in a row were not finite.
+        DivergedError: the numbers stay bad after as many returns to a checkpoint as are allowed.
         MemoryExhaustedError: one sequence alone does not fit.
     """
-    config = bench.config
-    last: dict[str, Any] = {}
     bench.scorer.train()
-    with stop_on_signal() as stop:
-        for batch in bench.batches.prefetch(bench.step):
-            started = time.perf_counter()
-            length = bench.batches.length(bench.step)
-            row = train_step(bench, batch, length, stop)
-            # Several processes have agreed at the start of the step, one need not ask.
-            stop.agreed |= bench.processes.world == 1 and stop.signal_name is not None
-            bench.step += 1
-            bench.tokens += config.tokens_per_batch
-            spent_s = time.perf_counter() - started
-            bench.elapsed_s += spent_s
-            finished = bench.step == bench.num_steps
-            if finished or bench.step % config.validate_every == 0:
-                row["validation_loss"] = validation_loss(bench)
-            if finished or bench.step % config.log_every == 0 or "validation_loss" in row:
-                last = _report(bench, row, length, spent_s)
-            if finished or stop.agreed or bench.step % config.checkpoint_every == 0:
-                save(bench)
-            if stop.agreed and not finished:
-                raise StoppedError(
-                    f"stopped by a signal after step {bench.step} of {bench.num_steps}, which is "
-                    "saved; run the same command again to go on"
-                )
+    with stop_on_signal() as stop, contextlib.closing(bench.checkpoints):
+        while bench.step < bench.num_steps:
+            try:
+                _train(bench, stop)
+            except RollBack as trouble:
+                _go_back(bench, trouble)
+        _settle(bench)
         bench.stopped_at_the_end = stop.agreed
-    return last
+    return bench.last
+
+
+def _settle(bench: Workbench) -> None:
+    """Return when the last checkpoint is on the disk, in all processes together."""
+    bench.checkpoints.finish()
+    bench.processes.wait()
+
+
+def _train(bench: Workbench, stop: StopRequest) -> None:
+    """Train step after step, to the end or until something is wrong."""
+    config = bench.config
+    for batch in bench.batches.prefetch(bench.step):
+        started = time.perf_counter()
+        faults.at_step(bench.step + 1, "load")
+        bench.checkpoints.check()
+        length = bench.batches.length(bench.step)
+        row = train_step(bench, batch, length, stop)
+        bench.step += 1
+        bench.tokens += config.tokens_per_batch
+        spent_s = time.perf_counter() - started
+        bench.elapsed_s += spent_s
+        finished = bench.step == bench.num_steps
+        if finished or bench.step % config.validate_every == 0:
+            row["validation_loss"] = validation_loss(bench)
+        if finished or bench.step % config.log_every == 0 or "validation_loss" in row:
+            _report(bench, row, length, spent_s)
+        # Several processes have agreed at the start of the step, one need not ask.
+        stop.agreed |= bench.processes.world == 1 and stop.signal_name is not None
+        # In the middle of trouble the checkpoint before it is the one worth keeping.
+        regular = bench.step % config.checkpoint_every == 0 and not bench.guard.in_a_row
+        if finished or stop.agreed or regular:
+            save(bench, held_out_loss=row.get("validation_loss"))
+        if stop.agreed and not finished:
+            _settle(bench)
+            raise StoppedError(
+                f"stopped by a signal after step {bench.step} of {bench.num_steps}, which is "
+                "saved; run the same command again to go on"
+            )
 
 
 def train_step(bench: Workbench, batch: Batch, length: int, stop: StopRequest) -> dict[str, float]:
-    """Do one optimizer step; where memory runs out, redo it whole with a smaller micro-batch."""
+    """Do one optimizer step, unless its numbers are bad.
+
+    Errors:
+        RollBack: there were too many bad steps in a row.
+    """
     asked = float(stop.signal_name is not None)
     weight, stops = bench.processes.sum([bench.objective.weigh(batch), asked])
     stop.agreed = stops > 0
     rate = learning_rate(bench.config.schedule, bench.step, bench.num_steps)
-    set_learning_rate(bench.optimizer, rate)
-    random = checkpoint.random_state()
-    while True:
-        try:
-            sums = _accumulate(bench, batch, length, weight)
-            break
-        except torch.OutOfMemoryError as error:
-            facts = {"step": bench.step, "seq_len": length}
-            _prepare_smaller(bench, error, facts)
-        checkpoint.restore_random_state(random)
-        bench.optimizer.zero_grad(set_to_none=True)
-        release_memory()
-    parameters = [p for p in bench.scorer.parameters() if p.requires_grad]
-    norm = float(clip_gradients(parameters, bench.config.optimizer.clip_norm))
-    loss = sums.pop("total") / weight if weight else 0.0
-    row = {"loss": loss, "grad_norm": norm, "lr": rate}
-    if weight and torch.isfinite(torch.tensor([loss, norm])).all():
-        faults.at_step(bench.step + 1, "optimizer")
-        bench.optimizer.step()
-        bench.guard.accept()
+    optimizer.set_learning_rate(bench.optimizer, rate)
+    sums = _fitting(bench, bench.step, length, lambda: _accumulate(bench, batch, length, weight))
+    parameters = list(bench.trained.values())
+    norm, grad_norm = optimizer.gradient_norm(parameters)
+    faults.at_step(bench.step + 1, "clip")
+    row = {"loss": sums.pop("total") / max(weight, 1.0), "grad_norm": grad_norm, "lr": rate}
+    if weight:
+        problem = bench.guard.judge(row["loss"], grad_norm, seq_len=length)
     else:
-        event = {"step": bench.step + 1, "event": "skip", "loss": loss, "grad_norm": norm}
-        _note(bench, event)
-        bench.guard.skip(bench.step + 1, loss=loss, grad_norm=norm)
+        problem = "no token of the batch carries loss"
+        bench.guard.refuse()
+    if problem is None:
+        optimizer.clip_gradients(parameters, bench.config.optimizer.clip_norm, norm)
+        _update(bench)
+    else:
+        _skip(bench, problem)
     bench.optimizer.zero_grad(set_to_none=True)
     pairs = sums.pop("pairs", 0.0)
     return row | {name: value / pairs for name, value in sums.items() if pairs}
+
+
+def _fitting(bench: Workbench, step: int, length: int, compute: Callable[[], T]) -> T:
+    """Compute something; where memory runs out, again and whole with smaller micro-batches.
+
+    ``step`` is the first that the smaller size holds for, counted from 0.
+
+    Errors:
+        MemoryExhaustedError: recovery is off, or one sequence alone does not fit.
+    """
+    random = checkpoint.random_state()
+    while True:
+        bench.memory.micro_batch = bench.decisions.micro_batch(step, bench.config.micro_batch)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return compute()
+        bench.memory.halve({"step": step + 1, "seq_len": length})
+        bench.decisions.micro_batches.append((step, bench.memory.micro_batch))
+        bench.decisions.save()
+        event = {"event": "oom", "micro_batch": bench.memory.micro_batch, "seq_len": length}
+        _note(bench, step + 1, event)
+        parallel.start_again_if_several(bench.processes, bench.memory.micro_batch)
+        checkpoint.restore_random_state(random)
+        bench.optimizer.zero_grad(set_to_none=True)
+        release_memory()
 
 
 def _accumulate(bench: Workbench, batch: Batch, length: int, weight: float) -> dict[str, float]:
@@ -173,32 +223,93 @@ def _accumulate(bench: Workbench, batch: Batch, length: int, weight: float) -> d
             summed = bench.objective.total(bench.scorer, micro_batch.to(bench.processes.device))
         if "oom" in asked | faults.at_step(bench.step + 1, "backward"):
             raise torch.OutOfMemoryError("injected")
-        factor = float("nan") if "nan" in asked else world / max(weight, 1.0)
-        (summed.total * factor).backward()
-        for name, value in {"total": summed.total.detach(), **summed.extras}.items():
+        total = summed.total * (float("nan") if "nan" in asked else 10 if "spike" in asked else 1)
+        (total * (world / max(weight, 1.0))).backward()
+        for name, value in {"total": total.detach(), **summed.extras}.items():
             sums[name] = sums.get(name, 0.0) + value
     values = bench.processes.sum(torch.stack(list(sums.values())).double().tolist())
     return dict(zip(sums, values, strict=True))
 
 
-def _prepare_smaller(bench: Workbench, error: Exception, facts: dict[str, Any]) -> None:
-    if bench.processes.world > 1:
+def _update(bench: Workbench) -> None:
+    """Apply the gradients, once the last checkpoint's copy of the weights is complete.
+
+    Errors:
+        MemoryExhaustedError: the update is half applied, so it can neither go on nor be repeated.
+    """
+    asked = faults.at_step(bench.step + 1, "optimizer")
+    bench.checkpoints.wait_until_copied()
+    try:
+        if "oom" in asked:
+            raise torch.OutOfMemoryError("injected")
+        bench.optimizer.step()
+    except torch.OutOfMemoryError as error:
         raise MemoryExhaustedError(
-            f"out of memory at micro-batch {bench.memory.micro_batch} on process "
-            f"{bench.processes.rank} of {bench.processes.world} ({facts}); recovery works on one "
-            "GPU only so far: set a smaller micro_batch"
+            f"step {bench.step + 1}: out of memory in the optimizer (peak {peak_memory_gib():.1f} "
+            "GiB), which has changed a part of the weights; nothing of this step is saved. Set a "
+            "smaller micro_batch and run the same command again: it goes on from the last "
+            "checkpoint"
         ) from error
-    bench.memory.halve(facts)
-    event = {"step": bench.step + 1, "event": "oom", "micro_batch": bench.memory.micro_batch}
-    _note(bench, event | facts)
 
 
-def _note(bench: Workbench, event: dict[str, Any]) -> None:
+def _skip(bench: Workbench, problem: str) -> None:
+    """Note a step that is not applied, with the tensors and the rows that are to blame.
+
+    Errors:
+        RollBack: it is one too many.
+    """
+    gradients = {name: p.grad for name, p in bench.trained.items() if p.grad is not None}
+    event = {
+        "event": "skip",
+        "why": problem,
+        "tensors": _not_finite(bench, gradients)[:8],
+        "rows": [int(row) for row in bench.batches.indices(bench.step)],
+    }
+    _note(bench, bench.step + 1, event)
+    log.warning("step %d skipped: %s", bench.step + 1, problem)
+    if bench.guard.has_had_enough:
+        problem = f"{problem}; {bench.guard.in_a_row} steps in a row were skipped"
+        raise RollBack(problem, step=bench.step + 1)
+
+
+def _not_finite(bench: Workbench, tensors: Mapping[str, Any]) -> list[str]:
+    """Names of the tensors that hold a NaN or an infinity in any process."""
+    parts = (t.to_local() if hasattr(t, "to_local") else t for t in tensors.values())
+    flags = bench.processes.sum([float(not torch.isfinite(part).all()) for part in parts])
+    return [name for name, bad in zip(tensors, flags, strict=True) if bad]
+
+
+def _go_back(bench: Workbench, trouble: RollBack) -> None:
+    """Return to the last good checkpoint, and pass over the data between it and the trouble.
+
+    Errors:
+        DivergedError: that was done as often as is allowed, or there is no checkpoint.
+    """
+    detours = bench.decisions.detours
+    where = f"step {trouble.step}: {trouble}"
+    advice = "take a smaller schedule.peak_lr, or look at the rows that metrics.jsonl names"
+    if len(detours) >= bench.config.max_rollbacks:
+        raise DivergedError(f"{where}, after {len(detours)} returns to a checkpoint; {advice}")
+    snapshot = resuming.latest(bench)
+    if snapshot is None:
+        raise DivergedError(f"{where}, before there was a checkpoint to return to; {advice}")
+    resuming.restore(bench, snapshot)
+    num_batches = trouble.step - bench.step
+    detours.append((bench.step, num_batches))
     if bench.processes.is_main:
-        bench.metrics.append(event)
+        bench.decisions.save()
+        bench.metrics.rewind(bench.step)
+    event = {"event": "rollback", "why": where, "num_batches_passed_over": num_batches}
+    _note(bench, bench.step, event)
+    log.warning("%s; going on from step %d with the data after it", where, bench.step)
 
 
-def _report(bench: Workbench, row: dict[str, float], length: int, spent_s: float) -> dict[str, Any]:
+def _note(bench: Workbench, step: int, event: dict[str, Any]) -> None:
+    if bench.processes.is_main:
+        bench.metrics.append({"step": step, **event})
+
+
+def _report(bench: Workbench, row: dict[str, float], length: int, spent_s: float) -> None:
     """Complete the step's row, write it to metrics.jsonl and show the same row."""
     rate = bench.config.tokens_per_batch / spent_s / bench.processes.world
     full = {
@@ -213,114 +324,74 @@ def _report(bench: Workbench, row: dict[str, float], length: int, spent_s: float
     if bench.peak_flops:
         full["mfu"] = rate * bench.flops_per_token(length) / bench.peak_flops
     if bench.processes.is_main:
+        faults.at_step(bench.step, "log")
         bench.metrics.append(full)
         bench.progress.update(full)
-    return full
+    bench.last = full
 
 
-@torch.no_grad()
 def validation_loss(bench: Workbench) -> float:
     """Return the objective's mean over the held-out batches, without touching random states."""
     bench.scorer.eval()
+    length = bench.config.longest_context
+    total, weight = _fitting(bench, bench.step, length, lambda: _validate(bench))
+    bench.scorer.train()
+    return total / weight
+
+
+@torch.no_grad()
+def _validate(bench: Workbench) -> list[float]:
+    """Return the summed loss of the held-out batches, and their weight."""
+    asked = faults.at_step(bench.step, "evaluate")
     total, weight = 0.0, 0.0
     for batch in bench.validation:
         for micro_batch in batch.split(bench.memory.micro_batch):
+            if "oom" in asked:
+                raise torch.OutOfMemoryError("injected")
             with bench.autocast():
                 placed = micro_batch.to(bench.processes.device)
                 total += float(bench.objective.total(bench.scorer, placed).total)
             weight += bench.objective.weigh(micro_batch)
-    bench.scorer.train()
-    total, weight = bench.processes.sum([total, weight])
-    return total / weight
+    return bench.processes.sum([total, weight])
 
 
-def save(bench: Workbench) -> None:
-    """Write a checkpoint of the present step."""
+def save(bench: Workbench, *, held_out_loss: float | None = None) -> None:
+    """Save the present step; it is written while training goes on.
+
+    Errors:
+        RollBack: a weight is not finite; such weights are never saved.
+    """
+    faults.at_step(bench.step, "save")
+    if bad := _not_finite(bench, bench.trained):
+        raise RollBack(f"weight {bad[0]} is not finite", step=bench.step)
     model = trained_state(bench)
-    optimizer = parallel.gather_optimizer(bench.scorer, bench.optimizer, bench.processes)
-    if bench.processes.is_main:
-        state = {
-            "step": bench.step,
-            "tokens": bench.tokens,
-            "elapsed_s": bench.elapsed_s,
-            "num_skipped": bench.guard.num_skipped,
-            "skipped_in_a_row": bench.guard.in_a_row,
-            "micro_batch": bench.memory.micro_batch,
-            "identity": bench.identity,
-        }
-        bench.checkpoints.save(
-            checkpoint.Snapshot(
-                step=bench.step,
-                model=model,
-                optimizer=optimizer,
-                random=checkpoint.random_state(),
-                state=state,
-            )
+    moments = parallel.gather_optimizer(bench.scorer, bench.optimizer, bench.processes)
+    if not bench.processes.is_main:
+        return
+    state = {
+        "format": resuming.FORMAT,
+        "step": bench.step,
+        "tokens": bench.tokens,
+        "elapsed_s": bench.elapsed_s,
+        "guard": bench.guard.state(),
+        "last": {k: v for k, v in bench.last.items() if math.isfinite(v)},
+        "validation_loss": held_out_loss,
+        "identity": bench.identity,
+        "program": bench.program,
+    }
+    bench.checkpoints.save(
+        checkpoint.Snapshot(
+            step=bench.step,
+            model=model,
+            optimizer=moments,
+            random=checkpoint.random_state(),
+            state=state,
         )
-    bench.processes.wait()
+    )
 
 
 def trained_state(bench: Workbench) -> dict[str, Tensor]:
     """Return what training changes: all weights, or the adapters alone where the rest is frozen."""
     state = parallel.gather_model(bench.scorer, bench.processes)
-    trained = _trained_names(bench)
+    trained = resuming.trained_names(bench.scorer)
     return {name: value for name, value in state.items() if name in trained}
-
-
-def _trained_names(bench: Workbench) -> set[str]:
-    frozen = {name for name, p in bench.scorer.named_parameters() if not p.requires_grad}
-    return set(bench.scorer.state_dict()) - frozen
-
-
-def resume(bench: Workbench) -> bool:
-    """Go back to the latest good checkpoint; return False where there is none.
-
-    Errors:
-        CheckpointError: it was written with other inputs or settings, or for another model.
-    """
-    # The main process sets damaged checkpoints aside; the others look when it has done so.
-    snapshot = bench.checkpoints.load_latest() if bench.processes.is_main else None
-    bench.processes.wait()
-    if not bench.processes.is_main:
-        snapshot = bench.checkpoints.load_latest()
-    if snapshot is None:
-        if bench.processes.is_main:
-            bench.metrics.rewind(0)
-        return False
-    _check_identity(
-        snapshot.state["identity"], bench.identity, bench.checkpoints.path(snapshot.step)
-    )
-    if odd_names := set(snapshot.model) ^ _trained_names(bench):
-        odd = sorted(odd_names)[0]
-        raise CheckpointError(
-            f"{bench.checkpoints.path(snapshot.step)}: tensor {odd} is in only one of checkpoint "
-            "and model; start the stage again with --no-resume"
-        )
-    parallel.scatter_model(bench.scorer, snapshot.model, bench.processes)
-    parallel.scatter_optimizer(
-        bench.scorer, bench.optimizer, dict(snapshot.optimizer), bench.processes
-    )
-    checkpoint.restore_random_state(snapshot.random)
-    bench.step = snapshot.step
-    bench.tokens = snapshot.state["tokens"]
-    bench.elapsed_s = snapshot.state["elapsed_s"]
-    bench.guard.num_skipped = snapshot.state["num_skipped"]
-    bench.guard.in_a_row = snapshot.state["skipped_in_a_row"]
-    if bench.memory.enabled:
-        bench.memory.micro_batch = min(bench.memory.micro_batch, snapshot.state["micro_batch"])
-    if bench.processes.is_main:
-        bench.metrics.rewind(bench.step)
-        bench.metrics.append({"step": bench.step, "event": "resume"})
-    return True
-
-
-def _check_identity(found: dict[str, Any], expected: dict[str, Any], where: Any) -> None:
-    """Refuse a checkpoint of other inputs or settings, naming the field, old and new."""
-    for section in ("inputs", "config"):
-        old, new = found.get(section, {}), expected.get(section, {})
-        for name in sorted(set(old) | set(new)):
-            if old.get(name) != new.get(name) and name not in HARMLESS:
-                raise CheckpointError(
-                    f"{where}: {section}.{name} was {old.get(name)!r}, now {new.get(name)!r}; set "
-                    "it back, or start the stage again with --no-resume"
-                )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -48,10 +49,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
             group["lr"] = value
 
 
-def clip_gradients(parameters: Iterable[Tensor], clip_norm: float) -> Tensor:
-    """Scale gradients down to ``clip_norm``; return their global norm from before, []."""
-    norm = nn.utils.clip_grad_norm_(parameters, clip_norm, foreach=True)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+def gradient_norm(parameters: Iterable[Tensor]) -> tuple[Tensor, float]:
+    """Return the global norm of all gradients: [], sharded where they are, and as a number."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients, foreach=True)
+    return norm, float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def clip_gradients(parameters: Iterable[Tensor], clip_norm: float, norm: Tensor) -> None:
+    """Scale gradients, whose global norm is ``norm``, down to ``clip_norm``."""
+    nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm, foreach=True)
+
+
+def state_bytes(model: nn.Module, config: OptimizerConfig) -> int:
+    """Bytes that two moments of every trainable parameter take, 8-bit ones with their scales."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if config.kind == "adamw_8bit":
+        return sum(2 * (p.numel() + math.ceil(p.numel() / 256) * 4) for p in trainable)
+    return sum(2 * p.numel() * p.element_size() for p in trainable)
 
 
 def flatten_state(names: list[str], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

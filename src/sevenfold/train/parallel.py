@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import signal
@@ -17,11 +18,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sevenfold.base.errors import SevenfoldError
 from sevenfold.base.hardware import training_device
 from sevenfold.train import optimizer as optimizers
 
 # How long the other processes have to save or give up after one has failed.
 GRACE_S = 60.0
+# Processes that are to start again wait in an exchange: nothing but a checkpoint can be under way.
+START_AGAIN_S = 30.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,12 +64,42 @@ def num_processes_to_start() -> int:
     return torch.cuda.device_count()
 
 
+class StartAgainError(SevenfoldError):
+    """All processes have to start again together, from the last checkpoint."""
+
+    exit_code = 76
+
+
+def start_again_if_several(processes: Processes, micro_batch: int) -> None:
+    """End this process if it is one of several, which cannot do a step again on its own.
+
+    The others wait in the middle of an exchange that this one has left. Each starts again from
+    the last checkpoint and finds the smaller micro-batch, and from which step on, in
+    ``recovery.json``.
+
+    Errors:
+        StartAgainError: there are several processes.
+    """
+    if processes.world > 1:
+        raise StartAgainError(
+            f"process {processes.rank} of {processes.world} ran out of memory; all start again "
+            f"from the last checkpoint, from this step on with micro-batch {micro_batch}: under "
+            "torchrun, run the same command again"
+        )
+
+
 def launch(arguments: list[str], num_processes: int) -> int:
     """Run ``python arguments`` once per process on this host; return 0 or the first bad exit code.
 
     When one process fails, the others are asked to stop, and ended after a grace. SIGTERM is
-    passed on to all of them.
+    passed on to all of them. They are started anew as often as one of them asks for that.
     """
+    while (code := _launch_once(arguments, num_processes)) == StartAgainError.exit_code:
+        log.warning("starting all %d processes again", num_processes)
+    return code
+
+
+def _launch_once(arguments: list[str], num_processes: int) -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -104,11 +140,15 @@ def _first_failure(children: list[subprocess.Popen[bytes]]) -> int:
             break
         if any(codes) and not failure:
             failure = next(code for code in codes if code)
-            deadline_s = time.monotonic() + GRACE_S
+            patience_s = START_AGAIN_S if failure == StartAgainError.exit_code else GRACE_S
+            deadline_s = time.monotonic() + patience_s
             for child in children:
                 child.terminate()
         time.sleep(0.1)
-    return failure or next((child.returncode for child in children if child.returncode), 0)
+    ended = [child.returncode for child in children if child.returncode]
+    if StartAgainError.exit_code in ended:
+        return StartAgainError.exit_code
+    return failure or next(iter(ended), 0)
 
 
 def join() -> Processes:

@@ -16,7 +16,7 @@ from sevenfold.model import lora as adapters
 from sevenfold.objective.next_token import NEXT_TOKEN
 from sevenfold.train import checkpoint, loop, optimizer, parallel
 from sevenfold.train.config import ContextPhase, TrainConfig
-from sevenfold.train.recovery import FiniteGuard, StopRequest
+from sevenfold.train.recovery import Decisions, StepGuard, StopRequest
 from sevenfold.workflow import workbench
 from sevenfold.workflow.recipe import Recipe
 
@@ -117,5 +117,6 @@ def _bench(
         identity={},
         flops_per_token=recipe.model.flops_per_token,
         peak_flops=detect_gpu_type()["peak_bf16_tflops"] * 1e12,
-        guard=FiniteGuard(0),
+        guard=StepGuard(sigma=None, max_in_a_row=STEPS_PER_LENGTH),
+        decisions=Decisions(),
     )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sevenfold.base import storage
+from sevenfold.base import records, storage
 from sevenfold.base.console import TrainingProgress, print_line
 from sevenfold.base.errors import UsageError
 from sevenfold.base.hardware import (
@@ -23,9 +23,9 @@ from sevenfold.data.batches import Batch, Batches, RowSource
 from sevenfold.model import attention, float8, kernels, llama
 from sevenfold.model.config import KernelConfig, from_hf
 from sevenfold.objective.next_token import Objective, Scorer
-from sevenfold.train import checkpoint, loop, optimizer, parallel
+from sevenfold.train import checkpoint, loop, optimizer, parallel, resuming
 from sevenfold.train.config import TrainConfig
-from sevenfold.train.recovery import FiniteGuard
+from sevenfold.train.recovery import Decisions, StepGuard
 from sevenfold.workflow.training import Job
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -105,6 +105,7 @@ def assemble(
     """Put everything on one bench, and go back to the latest checkpoint where there is one."""
     config, processes = job.config, job.processes
     num_steps = config.num_steps(rows.num_rows, rows.row_length)
+    decisions = Decisions.open(job.folder / "recovery.json")
     bench = loop.Workbench(
         stage=job.stage,
         scorer=scorer,
@@ -117,13 +118,14 @@ def assemble(
             seed=job.recipe.seed,
             rank=processes.rank,
             world=processes.world,
+            place=decisions.place,
         ),
         validation=validation_batches(job, held_out),
         optimizer=optimizer.make_optimizer(scorer, config.optimizer),
         config=config,
         processes=processes,
         checkpoints=checkpoint.Checkpoints(
-            job.folder / "checkpoints", keep=config.keep_checkpoints
+            job.folder / "checkpoints", keep=config.keep_checkpoints, keep_best=config.keep_best
         ),
         metrics=storage.JsonLines(job.folder / "metrics.jsonl"),
         memory=OOMHandler(config.micro_batch, enabled=job.options.oom_recovery),
@@ -131,10 +133,16 @@ def assemble(
         identity={"inputs": job.inputs, "config": {**job.settings, "num_steps": num_steps}},
         flops_per_token=from_hf(scorer.causal_model.config).flops_per_token,
         peak_flops=detect_gpu_type()["peak_bf16_tflops"] * 1e12,
-        guard=FiniteGuard(config.max_skipped_steps),
+        guard=StepGuard(sigma=config.spike_sigma, max_in_a_row=config.max_skipped_steps),
+        decisions=decisions,
+        program={"code": records.code_version(), **records.package_versions()},
     )
-    if loop.resume(bench) and processes.is_main:
+    if resuming.resume(bench, force=job.options.force) and processes.is_main:
         print_line(f"{job.stage}: resuming from step {bench.step} of {num_steps}")
+    if processes.is_main and bench.step < num_steps:
+        trained = sum(p.numel() * p.element_size() for p in bench.trained.values())
+        moments = optimizer.state_bytes(scorer, config.optimizer)
+        bench.checkpoints.require_room(trained + moments)
     return bench
 
 
@@ -162,7 +170,7 @@ class _Shown:
 def train(job: Job, bench: loop.Workbench) -> dict[str, Any]:
     """Train to the end and return the last row of metrics."""
     if bench.step >= bench.num_steps:
-        return [row for row in bench.metrics.read() if "event" not in row][-1]
+        return bench.last
     main, steps = job.processes.is_main, bench.num_steps
     with (
         TrainingProgress(job.stage, num_steps=steps, start_step=bench.step, enabled=main) as bar,

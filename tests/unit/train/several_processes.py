@@ -10,7 +10,7 @@ import numpy as np
 from tests.unit.train.test_loop import CONFIG, bench
 
 from sevenfold.data.batches import Batches
-from sevenfold.train import loop, optimizer, parallel
+from sevenfold.train import loop, optimizer, parallel, resuming
 from sevenfold.train.parallel import shard
 
 
@@ -33,7 +33,7 @@ def main(folder: Path) -> None:
         world=processes.world,
     )
     made.validation = [rows.batch(np.arange(4), 32).rows(processes.rank, 4, processes.world)]
-    loop.resume(made)
+    resuming.resume(made)
     loop.fit(made)
 
 

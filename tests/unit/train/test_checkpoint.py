@@ -28,6 +28,7 @@ def saved(folder: Path, *steps: int, keep: int = 9) -> Checkpoints:
     checkpoints = Checkpoints(folder, keep=keep)
     for step in steps:
         checkpoints.save(snapshot(step))
+    checkpoints.finish()
     return checkpoints
 
 
@@ -47,6 +48,7 @@ def test_only_the_newest_are_kept_whatever_their_times(tmp_path: Path) -> None:
         os.utime(checkpoints.path(step), (moment, moment))
     checkpoints.keep = 2
     checkpoints.save(snapshot(4))
+    checkpoints.finish()
     assert checkpoints.steps() == [3, 4]
 
 
@@ -79,6 +81,7 @@ def test_a_damaged_file_is_named_and_the_one_before_is_used(
     assert name in caplog.text
     assert (tmp_path / "damaged-step-00000002").is_dir()
     checkpoints.save(snapshot(2))
+    checkpoints.finish()
     assert checkpoints.steps() == [1, 2]
 
 

@@ -43,7 +43,10 @@ TRAIN = TrainConfig(
     checkpoint_every=10,
     keep_checkpoints=1,
     log_every=1,
+    keep_best=False,
+    spike_sigma=6.0,
     max_skipped_steps=0,
+    max_rollbacks=0,
 )
 H100 = GPUInfo(
     name="NVIDIA H100 80GB HBM3",

@@ -100,9 +100,7 @@ def test_an_existing_run_supplies_preset_and_recipe(place: Path) -> None:
         UsageError, match="made with preset 'demo', not 'small'; leave --preset out"
     ):
         recipes.resolve("small", run_folder=Path("there"))
-    _, changed = recipes.resolve(
-        config_file=own_recipe(place, seed=9), run_folder=Path("there")
-    )
+    _, changed = recipes.resolve(config_file=own_recipe(place, seed=9), run_folder=Path("there"))
     assert changed.seed == 9
 
 

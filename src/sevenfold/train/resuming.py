@@ -1,0 +1,139 @@
+"""Going back to a checkpoint: after a stop, and after trouble."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from sevenfold.base.errors import CheckpointError
+from sevenfold.train import checkpoint, parallel
+from sevenfold.train.config import HARMLESS
+
+if TYPE_CHECKING:
+    from sevenfold.train.loop import Workbench
+
+log = logging.getLogger(__name__)
+
+# What state.json holds and how tensors are named; another number is another layout.
+FORMAT = 2
+
+
+def resume(bench: Workbench, *, force: str | None = None) -> bool:
+    """Go back to the latest good checkpoint; return False where there is none.
+
+    ``force`` is the reason for going on although inputs or settings have changed.
+
+    Errors:
+        CheckpointError: it was written with other inputs or settings, or for another model.
+    """
+    snapshot = latest(bench)
+    if snapshot is None:
+        if bench.processes.is_main:
+            bench.metrics.rewind(0)
+        return False
+    where = bench.checkpoints.path(snapshot.step)
+    changes = list(_differences(snapshot.state["identity"], bench.identity))
+    if changes and force is None:
+        raise CheckpointError(
+            f"{where}: {changes[0]}; set it back, start the stage again with --no-resume, or go "
+            'on all the same with --force "reason"'
+        )
+    event: dict[str, Any] = {"step": snapshot.step, "event": "resume"}
+    if changes:
+        event |= {"forced": force, "changed": changes}
+        log.warning("%s: going on although %s", where, "; ".join(changes))
+    known = {"program": snapshot.state["program"]}
+    if news := list(_differences(known, {"program": bench.program})):
+        event["program"] = news
+        log.warning(
+            "%s: another program than the one that wrote it, so the result may differ: %s",
+            where,
+            "; ".join(news),
+        )
+    restore(bench, snapshot)
+    if bench.processes.is_main:
+        bench.metrics.rewind(bench.step)
+        bench.metrics.append(event)
+    return True
+
+
+def latest(bench: Workbench) -> checkpoint.Snapshot | None:
+    """Return the newest good checkpoint, in every process, or None.
+
+    Errors:
+        CheckpointError: all are damaged, or it has another layout.
+    """
+    # The main process sets damaged checkpoints aside; the others look when it has done so.
+    snapshot = bench.checkpoints.load_latest() if bench.processes.is_main else None
+    bench.processes.wait()
+    if not bench.processes.is_main:
+        snapshot = bench.checkpoints.load_latest()
+    if snapshot is not None and snapshot.state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{bench.checkpoints.path(snapshot.step)}: written in format "
+            f"{snapshot.state.get('format', 1)}, this version reads {FORMAT}; start the stage "
+            "again with --no-resume"
+        )
+    return snapshot
+
+
+def restore(bench: Workbench, snapshot: checkpoint.Snapshot) -> None:
+    """Put weights, optimizer, random states and counters back.
+
+    Errors:
+        CheckpointError: it is another model's.
+    """
+    _require_same_tensors(bench, snapshot)
+    parallel.scatter_model(bench.scorer, snapshot.model, bench.processes)
+    bench.optimizer.state.clear()
+    bench.optimizer.zero_grad(set_to_none=True)
+    parallel.scatter_optimizer(
+        bench.scorer, bench.optimizer, dict(snapshot.optimizer), bench.processes
+    )
+    checkpoint.restore_random_state(snapshot.random)
+    bench.step = snapshot.step
+    bench.tokens = snapshot.state["tokens"]
+    bench.elapsed_s = snapshot.state["elapsed_s"]
+    bench.last = snapshot.state["last"]
+    bench.guard.restore(snapshot.state["guard"])
+
+
+def trained_names(scorer: nn.Module) -> set[str]:
+    """Names of the tensors that a checkpoint holds: everything that is not frozen."""
+    frozen = {name for name, p in scorer.named_parameters() if not p.requires_grad}
+    return set(scorer.state_dict()) - frozen
+
+
+def _require_same_tensors(bench: Workbench, snapshot: checkpoint.Snapshot) -> None:
+    where: Path = bench.checkpoints.path(snapshot.step)
+    names = trained_names(bench.scorer)
+    if odd := sorted(set(snapshot.model) ^ names):
+        raise CheckpointError(
+            f"{where}: tensor {odd[0]} is in only one of checkpoint and model; start the stage "
+            "again with --no-resume"
+        )
+    present: dict[str, Tensor] = bench.scorer.state_dict()
+    for name, tensor in snapshot.model.items():
+        found = f"{tuple(tensor.shape)} {tensor.dtype}"
+        expected = f"{tuple(present[name].shape)} {present[name].dtype}"
+        if found != expected:
+            raise CheckpointError(
+                f"{where}: tensor {name} is {found}, the model's is {expected}; start the stage "
+                "again with --no-resume"
+            )
+
+
+def _differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """Say which fields differ, old and new, harmless settings left out."""
+    changes = []
+    for section in sorted(set(found) | set(expected)):
+        old, new = found.get(section, {}), expected.get(section, {})
+        changes += [
+            f"{section}.{name} was {old.get(name)!r}, now {new.get(name)!r}"
+            for name in sorted(set(old) | set(new))
+            if old.get(name) != new.get(name) and name not in HARMLESS
+        ]
+    return changes
