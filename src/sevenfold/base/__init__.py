@@ -1,1 +1,1 @@
-"""What every room stands on: config, console, errors, faults, hardware, records, storage."""
+"""What every room stands on: config, console, disk, errors, faults, hardware, records, storage."""

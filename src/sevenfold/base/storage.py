@@ -1,9 +1,9 @@
 """Every write of the package: atomic, durable, checksummed.
 
 A file is written beside its target, flushed to the disk, renamed into place, and the directory
-flushed; a folder likewise, with a ``manifest.json`` of its files' SHA-256. Each of these
-operations is a numbered point at which a fault may be injected (``base/faults.py``), so that tests
-can stop the process between any two of them.
+flushed; a folder likewise, with a ``manifest.json`` of its files' SHA-256. The single operations
+(``base/disk.py``) are numbered points at which a fault may be injected, so that tests can stop the
+process between any two of them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import json
 import logging
 import math
 import os
-import shutil
+import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -27,12 +27,16 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from sevenfold.base import faults
+from sevenfold.base import disk
 from sevenfold.base.errors import BadDataError, RunInUseError, SevenfoldError, UsageError
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+# How safetensors says what the system refused: an error of its own, which is no OSError.
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+# Hidden names that some thread of this process is working with; everybody else's are leftovers.
+_in_progress: set[Path] = set()
 
 
 def sha256_file(path: Path) -> str:
@@ -41,62 +45,60 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync_directory(folder: Path) -> None:
-    """Make renames inside ``folder`` durable."""
-    faults.at_storage_operation()
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it into place.
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` atomically.
 
     Errors:
-        SevenfoldError: the disk is full or refuses; the target is untouched.
+        SevenfoldError: the disk is full or refuses; what was there before is untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.partial-{os.getpid()}"
+    with _making(path, temporary, len(data)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        disk.write(temporary, data)
+        disk.sync_file(temporary)
+        disk.rename(temporary, path)
+        disk.sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def _making(target: Path, temporary: Path, needed_bytes: int | None) -> Iterator[None]:
+    """Where making ``target`` out of ``temporary`` fails, clear up and say what was refused."""
+    names = {temporary, _replaced(target)}
+    _in_progress.update(names)
     try:
-        faults.at_storage_operation()
-        write(temporary)
-        faults.at_storage_operation()
-        _sync_file(temporary)
-        faults.at_storage_operation()
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _storage_error(path, error) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        yield
+    except BaseException as error:
+        told = _tell(target, temporary, error, needed_bytes)
+        with contextlib.suppress(OSError):
+            disk.remove_tree(temporary)
+            _put_back(target)
+        if told is not None:
+            raise told from error
         raise
-    sync_directory(path.parent)
+    finally:
+        _in_progress.difference_update(names)
 
 
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _tell(
+    target: Path, temporary: Path, error: BaseException, needed_bytes: int | None
+) -> SevenfoldError | None:
+    """Return what to say instead of ``error``, or None."""
+    if isinstance(error, SevenfoldError) and str(temporary) in str(error):
+        # A hidden name that nobody knows, and that is gone by now.
+        return type(error)(str(error).replace(str(temporary), str(target)))
+    if isinstance(error, SafetensorError) and (code := _OS_ERROR.search(str(error))):
+        error = OSError(int(code[1]), os.strerror(int(code[1])))
+    if not isinstance(error, OSError):
+        return None
+    return disk.refusal(target, error, temporary=temporary, needed_bytes=needed_bytes)
 
 
-def _storage_error(path: Path, error: Exception) -> SevenfoldError:
-    parent = next(p for p in path.parents if p.exists())
-    free_gib = shutil.disk_usage(parent).free / 2**30
-    reason = getattr(error, "strerror", None) or str(error)
-    return SevenfoldError(
-        f"{path}: could not be written ({reason}); {free_gib:.2f} GiB are free on this disk; "
-        "make room or choose another --run folder, then run the same command again"
-    )
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` atomically."""
-    write_atomically(path, lambda temporary: _write(temporary, data))
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+@contextlib.contextmanager
+def _changing(path: Path, done: str = "written") -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise disk.refusal(path, error, done=done) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -123,6 +125,8 @@ def read_json(path: Path, error: type[SevenfoldError] = BadDataError) -> Any:
         )
     except FileNotFoundError:
         raise error(f"{path}: no such file") from None
+    except OSError as problem:
+        raise error(f"{path}: could not be read ({problem.strerror}); look at the disk") from None
     except (ValueError, RecursionError) as problem:
         raise error(f"{path}: not valid JSON: {problem}") from None
 
@@ -140,92 +144,92 @@ def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def new_folder(target: Path, *, kind: str, **facts: Any) -> Iterator[Path]:
+def new_folder(
+    target: Path, *, kind: str, needed_bytes: int | None = None, **facts: Any
+) -> Iterator[Path]:
     """Yield an empty folder that becomes ``target``, with a manifest, if the block succeeds.
 
     ``facts`` go into the manifest; the block may add more with ``manifest_facts(folder, ...)``.
-    An existing ``target`` is replaced; a failing block leaves it as it was.
+    An existing ``target`` is replaced; a failing block leaves it as it was. ``needed_bytes``, if
+    known, are named where the disk turns out to be full.
+
+    Errors:
+        SevenfoldError: the disk is full or refuses.
+        BadDataError: a file outside that the block reads cannot be read.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    sweep(target.parent)
     temporary = target.parent / f".{target.name}.partial-{os.getpid()}"
-    temporary.mkdir()
-    try:
+    sweep(target.parent)
+    with _making(target, temporary, needed_bytes):
+        temporary.mkdir(parents=True)
         yield temporary
-        extra = temporary / ".facts.json"
-        if extra.exists():
+        if (extra := temporary / ".facts.json").exists():
             facts |= read_json(extra)
-            extra.unlink()
-        for path in sorted(temporary.rglob("*")):
-            if path.is_file():
-                faults.at_storage_operation()
-                _sync_file(path)
+            disk.unlink(extra)
+        disk.sync_tree(temporary)
         write_manifest(temporary, kind=kind, **facts)
-    except (OSError, SafetensorError) as error:
-        # safetensors reports a full disk as an error of its own.
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise _storage_error(target, error) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    replaced = target.parent / f".{target.name}.replaced"
-    if target.exists():
-        faults.at_storage_operation()
-        target.rename(replaced)
-    faults.at_storage_operation()
-    temporary.rename(target)
-    sync_directory(target.parent)
-    remove_folder(replaced)
+        if target.exists():
+            disk.rename(target, _replaced(target))
+        disk.rename(temporary, target)
+        disk.sync_directory(target.parent)
+        disk.remove_tree(_replaced(target))
 
 
 def manifest_facts(folder: Path, **facts: Any) -> None:
     """Add ``facts`` to the manifest of a folder that is being made by :func:`new_folder`."""
-    (folder / ".facts.json").write_text(json.dumps(facts, allow_nan=False), encoding="utf-8")
+    disk.write(folder / ".facts.json", json.dumps(facts, allow_nan=False).encode())
 
 
 def remove_folder(folder: Path) -> None:
     """Remove ``folder`` if it exists, after renaming it so that no half of it is ever seen."""
     if not folder.exists():
         return
-    faults.at_storage_operation()
     doomed = folder.parent / f".{folder.name}.partial-removed"
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    faults.at_storage_operation()
-    shutil.rmtree(doomed)
+    _in_progress.add(doomed)
+    try:
+        with _changing(folder, "removed"):
+            disk.remove_tree(doomed)
+            disk.rename(folder, doomed)
+            disk.remove_tree(doomed)
+    finally:
+        _in_progress.discard(doomed)
 
 
 def remove_file(path: Path) -> None:
     """Remove one file if it exists, durably."""
     if path.exists():
-        faults.at_storage_operation()
-        path.unlink()
-        sync_directory(path.parent)
+        with _changing(path, "removed"):
+            disk.unlink(path)
+            disk.sync_directory(path.parent)
 
 
 def move_folder(folder: Path, target: Path) -> None:
     """Rename ``folder`` to ``target``, durably."""
-    faults.at_storage_operation()
-    folder.rename(target)
-    sync_directory(target.parent)
+    with _changing(folder, "moved"):
+        disk.rename(folder, target)
+        disk.sync_directory(target.parent)
 
 
 def sweep(parent: Path) -> None:
     """Clear what a killed process left in ``parent``; put back a folder caught mid-replacement."""
     if not parent.is_dir():
         return
-    for path in sorted(parent.glob(".*.replaced")):
-        original = parent / path.name[1 : -len(".replaced")]
-        if original.exists():
-            shutil.rmtree(path)
-        else:
-            path.rename(original)
-    for path in sorted(parent.glob(".*.partial-*")):
-        log.info("removing %s, left by a process that was stopped", path)
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    with _changing(parent, "cleared of what was left in it"):
+        for path in sorted(set(parent.glob(".*.replaced")) - _in_progress):
+            _put_back(parent / path.name[1 : -len(".replaced")])
+            disk.remove_tree(path)
+        for path in sorted(set(parent.glob(".*.partial-*")) - _in_progress):
+            log.info("removing %s, left by a process that was stopped", path)
+            disk.remove_tree(path)
+
+
+def _replaced(target: Path) -> Path:
+    return target.parent / f".{target.name}.replaced"
+
+
+def _put_back(target: Path) -> None:
+    replaced = _replaced(target)
+    if replaced.exists() and not target.exists():
+        disk.rename(replaced, target)
 
 
 def write_manifest(folder: Path, *, kind: str, **facts: Any) -> dict[str, Any]:
@@ -239,12 +243,7 @@ def write_manifest(folder: Path, *, kind: str, **facts: Any) -> dict[str, Any]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     ]
-    manifest = {
-        "kind": kind,
-        "fingerprint": _files_fingerprint(files),
-        **facts,
-        "files": files,
-    }
+    manifest = {"kind": kind, "fingerprint": _files_fingerprint(files), **facts, "files": files}
     write_json(folder / MANIFEST, manifest)
     return manifest
 
@@ -287,8 +286,8 @@ def verify_folder(
 ) -> dict[str, Any]:
     """Recompute every SHA-256 of ``folder`` and return its manifest.
 
-    ``exact``: nothing but hidden files may lie beside the listed ones. A model folder is what all
-    its files say: libraries also read those that we did not write.
+    ``exact``: nothing but hidden files may lie beside the listed ones, instead of a warning. A
+    model folder is what all its files say: libraries also read those that we did not write.
 
     Errors:
         error: a file is missing, has another size or other bytes, or points outside the folder;
@@ -296,10 +295,12 @@ def verify_folder(
     """
     manifest = read_manifest(folder, error)
     listed = {MANIFEST, *(file["path"] for file in manifest["files"])}
-    for path in sorted(folder.rglob("*")) if exact else ():
+    for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name not in listed and not path.name.startswith("."):
-            raise error(f"{path}: not one of the files that {MANIFEST} lists; remove it")
+            if exact:
+                raise error(f"{path}: not one of the files that {MANIFEST} lists; remove it")
+            log.warning("%s: not one of the files that %s lists", path, MANIFEST)
     for file in manifest["files"]:
         path = folder / file["path"]
         if not path.resolve().is_relative_to(folder.resolve()):
@@ -308,7 +309,13 @@ def verify_folder(
             raise error(f"{path}: missing; the manifest lists it with {file['bytes']} bytes")
         if path.stat().st_size != file["bytes"]:
             raise error(f"{path}: {path.stat().st_size} bytes, the manifest says {file['bytes']}")
-        if sha256_file(path) != file["sha256"]:
+        try:
+            found = sha256_file(path)
+        except OSError as problem:
+            raise error(
+                f"{path}: could not be read ({problem.strerror}); look at the disk"
+            ) from None
+        if found != file["sha256"]:
             raise error(f"{path}: its SHA-256 is not the manifest's; the file has changed")
     return manifest
 
@@ -347,8 +354,8 @@ class JsonLines:
     def append(self, row: Mapping[str, Any]) -> None:
         """Append one object; numbers that are not finite become null."""
         clean = {k: None if _is_infinite(v) else v for k, v in row.items()}
-        with self.path.open("ab") as file:
-            file.write(json.dumps(clean, allow_nan=False).encode() + b"\n")
+        with _changing(self.path):
+            disk.write(self.path, json.dumps(clean, allow_nan=False).encode() + b"\n", append=True)
 
     def rewind(self, last_step: int) -> None:
         """Drop every row of a step after ``last_step``, so that each step stands once."""

@@ -28,7 +28,8 @@ PYTHON_FILES = [
 MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_SCRIPT_LINES, MAX_FIT_LINES = 400, 60, 40, 120
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "misc", "util", "helper"}
 # Whoever may break a rule, and why.
-MAY_WRITE = {"base/storage.py", "data/clean.py"}  # clean fills a folder of new_folder's
+# Clean fills a folder of new_folder's.
+MAY_WRITE = {"base/disk.py", "base/storage.py", "data/clean.py"}
 NEEDS_NO_TORCH = ["base/config.py", "base/console.py", "base/errors.py", "base/records.py"]
 NEEDS_NO_TORCH += ["base/storage.py", "verify/gates.py", "verify/statistics.py"]
 NEEDS_NO_TORCH += ["workflow/cli.py", "workflow/flags.py"]
