@@ -14,7 +14,7 @@ from typing import Any
 from sevenfold import __version__
 from sevenfold.base import storage
 from sevenfold.base.config import fingerprint
-from sevenfold.base.errors import GateRefusedError, UsageError, nearest
+from sevenfold.base.errors import BadDataError, GateRefusedError, UsageError, nearest
 
 STAGES = ("init", "pretrain", "sft", "dpo", "lora")
 GATED_STAGES = STAGES[1:]
@@ -171,12 +171,18 @@ def open_promoted(run: Run, stage: str, *, force: str | None = None) -> Source:
 
     Errors:
         UsageError: the stage has not finished, or a stage it descends from was trained again.
+        BadDataError: the model is not what was written, or not the one that the record is about.
         GateRefusedError: there is no verdict, it says no, or it is about other bytes; with
             ``force`` this is recorded instead of raised.
     """
     record = run.record(stage)
     folder = run.model(stage)
     found = storage.verify_folder(folder, exact=True)["fingerprint"]
+    if record.get("fingerprint") != found:
+        raise BadDataError(
+            f"{folder}: not the model that {run.stage(stage) / 'record.json'} is about; run "
+            f"{SCRIPTS[stage]} again"
+        )
     if stage == "init":
         return Source(folder=folder, fingerprint=found, stage=stage)
     _require_same_ancestors(run, stage)

@@ -20,15 +20,16 @@ def run(tmp_path: Path) -> records.Run:
 def finish(run: records.Run, stage: str, weights: str = "weights") -> str:
     with storage.new_folder(run.model(stage), kind="model") as folder:
         (folder / "model.safetensors").write_text(weights)
-    run.write_record(stage, {"stage": stage})
-    return str(storage.read_manifest(run.model(stage))["fingerprint"])
+    found = str(storage.read_manifest(run.model(stage))["fingerprint"])
+    run.write_record(stage, {"stage": stage, "fingerprint": found})
+    return found
 
 
 def judge(run: records.Run, stage: str, verdict: dict[str, Any]) -> None:
     path = run.stage(stage) / "verdict.json"
     storage.write_json(path, verdict)
     evidence = {"verdict_sha256": storage.sha256_file(path)}
-    run.write_record(stage, {"stage": stage, "evidence": evidence})
+    run.write_record(stage, {**run.record(stage), "evidence": evidence})
 
 
 def test_a_run_is_written_and_opened(run: records.Run) -> None:
@@ -75,6 +76,19 @@ def test_the_initial_model_needs_no_verdict(run: records.Run) -> None:
     found = finish(run, "init")
     source = records.open_promoted(run, "init")
     assert (source.fingerprint, source.forced) == (found, None)
+
+
+@pytest.mark.fault("A13")
+def test_a_model_that_its_record_is_not_about_is_refused(run: records.Run) -> None:
+    """As after a kill between the model and its record, or with another model put in its place."""
+    found = finish(run, "init")
+    before = run.record("init")
+    assert finish(run, "init", "drawn again") != found
+    run.write_record("init", before)
+    with pytest.raises(
+        BadDataError, match=r"not the model that .*record\.json is about; run scripts/04_init_model"
+    ):
+        records.open_promoted(run, "init")
 
 
 def test_only_a_pass_for_these_bytes_opens(run: records.Run) -> None:
@@ -157,7 +171,7 @@ def test_force_is_kept_where_it_was_needed_only(run: records.Run) -> None:
 def test_a_model_whose_ancestor_was_trained_again_is_refused(run: records.Run) -> None:
     old = finish(run, "pretrain")
     finish(run, "sft", "tuned")
-    run.write_record("sft", {"stage": "sft", "inputs": {"model": old}})
+    run.write_record("sft", {**run.record("sft"), "inputs": {"model": old}})
     finish(run, "dpo", "aligned")
     with pytest.raises(GateRefusedError):
         records.open_promoted(run, "dpo")
