@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,20 @@ from typing import Any
 from rich.text import Text
 
 from sevenfold.base import console, records, storage
-from sevenfold.base.errors import GateRefusedError, UsageError, nearest
+from sevenfold.base.errors import (
+    GateRefusedError,
+    SevenfoldError,
+    StoppedError,
+    UsageError,
+    nearest,
+)
 from sevenfold.base.records import GATED_STAGES
 from sevenfold.workflow import recipe as recipes
 from sevenfold.workflow import steps
 from sevenfold.workflow.steps import Job
 from sevenfold.workflow.thresholds import require_items, require_known_gates
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,28 +62,33 @@ def run_all(options: argparse.Namespace) -> None:
     """Run the steps from ``--from`` to ``--until``; stop at a refusing gate unless forced.
 
     Errors:
-        GateRefusedError: a gate did not promote; the report is written all the same.
+        SevenfoldError: a step failed, or a gate did not promote; where the run holds anything by
+            then, the report is written all the same, and names the error.
     """
     chosen = select(options.first, options.last)
     gates_file = options.gates or recipes.gates_file()
     for name, value in {"resume": True, "start_from": None, "fp8": None}.items():
         setattr(options, name, value)
     with steps.working_on(options) as job:
-        require_known_gates(job.run, job.recipe, gates_file)
+        gates = require_known_gates(job.run, job.recipe, gates_file)
         stages = [step.verb for step in chosen if step.is_training]
         if options.dry_run:
             steps.dry_run(job, stages, options)
             return
         require_items(job.recipe, stages)
+        for stage in stages:
+            gates.checks(job.run.preset, stage)
         started_at_s = time.monotonic()
         try:
             for index, step in enumerate(chosen):
                 _announce(step, chosen, index)
                 _perform(step, job, options, gates_file)
-        except GateRefusedError:
-            _close(job, started_at_s, talk=False)
+        except StoppedError:
             raise
-        _close(job, started_at_s, talk=True)
+        except SevenfoldError as error:
+            _report_failure(job, started_at_s, error)
+            raise
+        _close(job, started_at_s)
 
 
 def select(first: str | None, last: str | None) -> tuple[Step, ...]:
@@ -144,14 +158,29 @@ def release_models() -> None:
     hardware.release_memory()
 
 
-def _close(job: Job, started_at_s: float, *, talk: bool) -> None:
-    """Print the verdicts, three conversations, and where the report is."""
+def _report_failure(job: Job, started_at_s: float, error: SevenfoldError) -> None:
+    """Write the report of a run that ended early; what prevents that is no news beside ``error``.
+
+    A run that holds nothing yet has nothing to report, and leaves nothing behind.
+    """
+    if not recipes.made_files(job.run):
+        return
+    try:
+        _close(job, started_at_s, error=error)
+    except SevenfoldError as further:
+        log.warning("the report could not be written: %s", further)
+
+
+def _close(job: Job, started_at_s: float, error: SevenfoldError | None = None) -> None:
+    """Print the verdicts, three conversations if all went well, and where the report is."""
     from sevenfold.verify import report
 
-    path = report.write_report(job.run)
+    # A gate's refusal is told by the verdict.
+    told = "" if error is None or isinstance(error, GateRefusedError) else str(error)
+    path = report.write_report(job.run, error=told)
     _print_verdicts(job.run)
     finished = [s for s in GATED_STAGES if (job.run.stage(s) / "record.json").is_file()]
-    if talk and [s for s in finished if s != "pretrain"]:
+    if error is None and [s for s in finished if s != "pretrain"]:
         _print_conversations(job.run, finished[-1])
     console.print_line()
     console.print_line(f"time    {console.duration(time.monotonic() - started_at_s)}")

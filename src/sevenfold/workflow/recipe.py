@@ -238,12 +238,13 @@ def save(run: Run) -> Run:
     return write_run(run.folder, preset=run.preset, recipe=run.recipe)
 
 
-def _made(run: Run) -> dict[Path, int]:
-    """Return the files of a run other than ``run.json``, with the time each was written."""
+def made_files(run: Run) -> dict[Path, int]:
+    """Return the files that steps of a run made, with the time each was written."""
+    about = (run.folder / "run.json", run.folder / "report.html")
     return {
         path: path.stat().st_mtime_ns
         for path in run.folder.rglob("*")
-        if path.is_file() and path.name[0] != "." and path != run.folder / "run.json"
+        if path.is_file() and path.name[0] != "." and path not in about
     }
 
 
@@ -255,11 +256,11 @@ def saved(run: Run) -> Iterator[Run]:
     """
     path = run.folder / "run.json"
     before: Mapping[str, Any] | None = storage.read_json(path) if path.is_file() else None
-    made = _made(run)
+    made = made_files(run)
     try:
         yield save(run)
     except SevenfoldError:
-        if _made(run) == made:
+        if made_files(run) == made:
             if before is None:
                 storage.remove_file(path)
             elif before != storage.read_json(path):

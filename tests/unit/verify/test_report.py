@@ -540,6 +540,14 @@ def test_everything_people_write_is_escaped(tmp_path):
     assert html.escape(EVIL, quote=False).split("alert")[0] in text
 
 
+def test_an_error_that_ended_the_run_is_named(tmp_path):
+    run = records.write_run(tmp_path / "run", preset="demo", recipe={"seed": 1})
+    page = report.write_report(run, error="rows.jsonl:3: <b>bad</b>").read_text()
+    assert "This run ended with an error" in page
+    assert "rows.jsonl:3: &lt;b&gt;bad&lt;/b&gt;" in page
+    assert "ended with an error" not in report.write_report(run).read_text()
+
+
 def test_half_a_surrogate_pair_does_not_stop_the_report(tmp_path):
     run = start_run(tmp_path / "run")
     text = '{"samples": [{"prompt": "p", "answer": "\\ud800!"}]}'

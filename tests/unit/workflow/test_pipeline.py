@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 
 from sevenfold.base import storage
-from sevenfold.base.errors import BadDataError, GateRefusedError, UsageError
+from sevenfold.base.errors import (
+    BadDataError,
+    GateRefusedError,
+    SevenfoldError,
+    StoppedError,
+    UsageError,
+)
 from sevenfold.base.records import GATED_STAGES, Run
 from sevenfold.verify import report
 from sevenfold.workflow import cli, pipeline, steps
@@ -32,6 +38,14 @@ class Workshop:
         self.forced: dict[str, str | None] = {}
         self.failing: dict[str, Exception] = {}
         self.talked: list[str] = []
+        self.reported: list[str] = []
+        self.report_failing: Exception | None = None
+
+    def write_report(self, run: Run, *, error: str = "") -> Path:
+        self.reported.append(error)
+        if self.report_failing is not None:
+            raise self.report_failing
+        return run.folder / "report.html"
 
     def call(self, module: str, function: str) -> Callable[..., Any]:
         def perform(run: Run, recipe: Any, *rest: Any) -> None:
@@ -62,7 +76,7 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(steps, "call", made.call)
     monkeypatch.setattr(pipeline, "release_models", lambda: None)
-    monkeypatch.setattr(report, "write_report", lambda run: run.folder / "report.html")
+    monkeypatch.setattr(report, "write_report", made.write_report)
 
     def print_conversations(run: Run, stage: str) -> None:
         made.talked.append(stage)
@@ -115,6 +129,7 @@ def test_a_refusing_gate_stops_with_3_and_the_report(
     assert cli.execute(["run"]) == 3
     assert workshop.done == ALL[:11]
     assert workshop.talked == []
+    assert workshop.reported == [""]
     printed = capsys.readouterr()
     assert "refused" in printed.out
     assert "report  runs/demo/report.html" in printed.out
@@ -136,6 +151,55 @@ def test_an_error_is_not_forced(workshop: Workshop) -> None:
     assert cli.execute(["run", "--force", "a trial"]) == 4
     assert workshop.done == ALL[:12]
     assert Path("runs/demo/run.json").is_file()
+
+
+def test_an_error_is_named_in_the_report_and_keeps_its_exit_code(
+    workshop: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workshop.failing = {"prepare_dpo": BadDataError("row 7")}
+    assert cli.execute(["run"]) == 4
+    assert workshop.reported == ["row 7"]
+    assert workshop.talked == []
+    printed = capsys.readouterr()
+    assert "report  runs/demo/report.html" in printed.out
+    assert printed.err == "error: row 7\n"
+
+
+def test_a_report_that_fails_does_not_hide_the_error(
+    workshop: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workshop.failing = {"prepare_dpo": BadDataError("row 7")}
+    workshop.report_failing = SevenfoldError("the disk is full")
+    assert cli.execute(["run"]) == 4
+    said = "warning: the report could not be written: the disk is full\nerror: row 7\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [("download", BadDataError("row 7")), ("sft", StoppedError("stopped by a signal"))],
+)
+def test_no_report_of_nothing_and_none_that_delays_a_stop(
+    workshop: Workshop, step: str, error: SevenfoldError
+) -> None:
+    workshop.failing = {step: error}
+    assert cli.execute(["run"]) == error.exit_code
+    assert workshop.reported == []
+    assert Path("runs/demo/run.json").is_file() is (step != "download")
+
+
+@pytest.mark.fault("K06")
+def test_a_gate_file_without_a_chosen_stage_stops_before_anything_is_done(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gates = tmp_path / "gates.yaml"
+    gates.write_text(
+        "confidence: 0.95\ndemo: {sft: [{metric: village_facts, min: 0.5, min_samples: 9}]}\n"
+    )
+    assert cli.execute(["run", "--gates", str(gates)]) == 2
+    assert "no checks for stage 'pretrain'; write at least one" in capsys.readouterr().err
+    assert workshop.done == []
+    assert cli.execute(["run", "--gates", str(gates), "--from", "sft", "--until", "sft"]) == 0
 
 
 def test_a_dry_run_only_plans(workshop: Workshop, tmp_path: Path) -> None:
@@ -161,15 +225,21 @@ def test_missing_items_stop_before_anything_is_done(
     workshop: Workshop, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """They are needed after hours of training; what no chosen stage measures may be missing."""
-    tasks = 'evaluate.tasks=[{name: x, kind: pair, path: "~/no/pairs.jsonl", stages: [dpo]}]'
+    tasks = (
+        'evaluate.tasks=[{name: x, kind: pair, path: "~/no/pairs.jsonl", stages: [dpo]},'
+        " {name: y, kind: pair, stages: [sft]}]"
+    )
+    rest = "min: 0.5, min_samples: 9}]"
     gates = Path("gates.yaml")
-    gates.write_text("confidence: 0.95\ndemo: {dpo: [{metric: x, min: 0.5, min_samples: 9}]}\n")
-    asked = ["run", "--gates", str(gates), "--set", tasks]
-    assert cli.execute(asked) == 2
+    gates.write_text(
+        f"confidence: 0.95\ndemo: {{sft: [{{metric: y, {rest}, dpo: [{{metric: x, {rest}}}\n"
+    )
+    asked = ["run", "--gates", str(gates), "--set", tasks, "--from", "sft", "--until"]
+    assert cli.execute([*asked, "dpo"]) == 2
     said = capsys.readouterr().err
     assert said.endswith("no/pairs.jsonl: no such file; task 'x' needs its items\n")
     assert workshop.done == []
-    assert cli.execute([*asked, "--until", "sft"]) == 0
+    assert cli.execute([*asked, "sft"]) == 0
 
 
 def test_the_strip_shows_where_the_run_is(
