@@ -96,6 +96,7 @@ def test_stopped_in_the_last_step_the_stage_is_finished_and_the_run_stops(copy: 
     assert sevenfold("dpo", "--run", copy).returncode == 0
 
 
+@pytest.mark.fault("J02")
 @pytest.mark.parametrize("operation", [5, 19, 33, 47])
 def test_killed_at_a_file_operation_the_same_command_ends_with_the_same_model(
     copy: Path, unbroken: Path, operation: int
@@ -124,6 +125,7 @@ def test_a_finished_model_that_was_damaged_is_made_again(copy: Path, unbroken: P
 # --- exit codes
 
 
+@pytest.mark.fault("K01")
 def test_2_an_unknown_key_comes_with_the_nearest(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, sead=3)
     asked = sevenfold("download", "--config", path, "--run", tmp_path / "run")
@@ -133,6 +135,7 @@ def test_2_an_unknown_key_comes_with_the_nearest(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "data").exists()
 
 
+@pytest.mark.fault("K04")
 def test_2_a_misspelt_metric_is_refused_before_training(copy: Path, tmp_path: Path) -> None:
     without(copy, "pretrain")
     gates = json.loads((copy.parent / "gates.yaml").read_text())
@@ -145,12 +148,14 @@ def test_2_a_misspelt_metric_is_refused_before_training(copy: Path, tmp_path: Pa
     assert not (copy / "pretrain").exists()
 
 
+@pytest.mark.fault("K09")
 def test_2_another_preset_than_the_runs(copy: Path) -> None:
     asked = sevenfold("sft", "--run", copy, "--preset", "demo")
     assert asked.returncode == 2
     assert "made with preset 'custom', not 'demo'" in asked.stderr
 
 
+@pytest.mark.fault("K09")
 def test_2_a_changed_setting_of_a_finished_stage_is_named(copy: Path) -> None:
     asked = sevenfold("dpo", "--run", copy, "--set", "dpo.beta=0.5")
     assert asked.returncode == 2
@@ -176,6 +181,7 @@ def test_3_a_verdict_that_was_edited(copy: Path) -> None:
     assert "changed after the gate wrote it" in asked.stderr
 
 
+@pytest.mark.fault("K13")
 def test_3_a_refusing_gate_stops_the_run_and_force_is_recorded(copy: Path) -> None:
     without(copy, "sft")
     strict = write_gates(copy.parent, limit=0.001)
@@ -268,6 +274,7 @@ def test_7_out_of_memory_at_micro_batch_one(copy: Path) -> None:
     assert "out of memory at micro-batch 1 (step 1, seq_len 128" in asked.stderr
 
 
+@pytest.mark.fault("K08")
 def test_8_a_run_in_use(copy: Path) -> None:
     from sevenfold.base.storage import lock_run
 
@@ -277,6 +284,7 @@ def test_8_a_run_in_use(copy: Path) -> None:
     assert "in use by process" in asked.stderr
 
 
+@pytest.mark.fault("J01")
 def test_adapter_and_merged_model_agree_in_a_process_of_their_own(unbroken: Path) -> None:
     """Transformers and PEFT read the folders without this package."""
     script = """

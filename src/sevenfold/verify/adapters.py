@@ -25,10 +25,12 @@ def adapter_metrics(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> dict[str, dict[str, Any]]:
-    """Return the largest differences of a logit on ``rows`` of token ids.
+    """Return how far the models are apart on ``rows`` of token ids.
 
-    ``adapter_off_change`` is between the base model alone and under the switched-off adapter,
-    ``merge_error`` between the adapter and the merged model.
+    The largest difference of a logit is ``adapter_off_change`` between the base model alone and
+    under the switched-off adapter, ``merge_error`` between the adapter and the merged model;
+    ``merge_kl`` is the mean divergence of the latter two in nats a token, which tells a rounding
+    of bf16 weights from a merge that went wrong.
     """
     inputs = [torch.tensor([list(ids)], device=device) for ids in rows]
     model: Any = load_model(base, dtype, device).eval()
@@ -44,15 +46,16 @@ def adapter_metrics(
     together = [model(ids_bt).logits.float().cpu() for ids_bt in inputs]
     num_logits = sum(logits.numel() for logits in plain)
     values = {
-        "adapter_off_change": _largest_difference(plain, off),
-        "merge_error": _largest_difference(on, together),
+        "adapter_off_change": (_largest_difference(plain, off), num_logits),
+        "merge_error": (_largest_difference(on, together), num_logits),
+        "merge_kl": (_mean_divergence(on, together), sum(map(len, rows))),
     }
     return {
         name: {
-            "value": values[name],
-            "low": values[name],
-            "high": values[name],
-            "n": num_logits,
+            "value": values[name][0],
+            "low": values[name][0],
+            "high": values[name][0],
+            "n": values[name][1],
             "kind": "measured",
             "confidence": 1.0,
             "better": better,
@@ -70,4 +73,14 @@ def _largest_difference(
     largest = [(a - b).abs().max() for a, b in zip(first, second, strict=True)]
     # torch's max keeps NaN, Python's would lose it.
     value = float(torch.stack(largest).max()) if largest else math.nan
+    return value if math.isfinite(value) else None
+
+
+def _mean_divergence(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> float | None:
+    """Return the mean KL divergence over all tokens, in nats; None as above."""
+    divergences = []
+    for a_btv, b_btv in zip(first, second, strict=True):
+        a, b = a_btv.double().log_softmax(-1), b_btv.double().log_softmax(-1)
+        divergences.append((a.exp() * (a - b)).sum(-1).flatten())
+    value = float(torch.cat(divergences).mean()) if divergences else math.nan
     return value if math.isfinite(value) else None

@@ -33,7 +33,11 @@ PATHOLOGY_METRICS: dict[str, Better] = {
     "empty_rate": "lower",
     "loop_rate": "lower",
 }
-ADAPTER_METRICS: dict[str, Better] = {"adapter_off_change": "lower", "merge_error": "lower"}
+ADAPTER_METRICS: dict[str, Better] = {
+    "adapter_off_change": "lower",
+    "merge_error": "lower",
+    "merge_kl": "lower",
+}
 
 
 @configuration

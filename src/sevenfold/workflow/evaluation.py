@@ -17,7 +17,7 @@ from sevenfold.base.config import fingerprint, to_plain
 from sevenfold.base.console import print_line, print_table, working
 from sevenfold.base.errors import BadDataError, GateRefusedError, UsageError
 from sevenfold.base.hardware import training_device
-from sevenfold.base.records import EVIDENCE, Run
+from sevenfold.base.records import EVIDENCE, Run, code_version, package_versions
 from sevenfold.data.tokenizer import encode_texts, load_tokenizer
 from sevenfold.model.llama import TOKENIZER_FILES, load_model
 from sevenfold.verify import gates
@@ -47,7 +47,8 @@ ADAPTER_ROW_TOKENS = 128
 def evaluate_stage(run: Run, recipe: Recipe, stage: str) -> dict[str, Any]:
     """Measure the model of ``stage`` and return what ``evaluation.json`` then holds.
 
-    Nothing is measured again where model, tokenizer, items and settings are what they were.
+    Nothing is measured again where model, tokenizer, items and settings are what they were; if
+    another version of the code measured them, that is said.
 
     Errors:
         UsageError: the stage has not finished, or a task has no file.
@@ -58,13 +59,15 @@ def evaluate_stage(run: Run, recipe: Recipe, stage: str) -> dict[str, Any]:
     identity = _identity(run, recipe.evaluate, stage, manifest)
     known = _known_evaluation(run, stage)
     if known is not None and all(known.get(name) == value for name, value in identity.items()):
-        print_line(f"{stage}: already measured, {len(known['metrics'])} metrics")
+        print_line(f"{stage}: already measured, {len(known['metrics'])} metrics{_by(run, known)}")
         return known
     started_at_s = time.monotonic()
     with working(f"{stage}: measuring {len(identity['data'])} tasks"):
         found = _measure(run, recipe.evaluate, stage)
     evaluation = {
         **identity,
+        "code": code_version(),
+        "versions": package_versions(),
         "metrics": found.metrics,
         "samples": found.samples,
         "elapsed_s": round(time.monotonic() - started_at_s, 3),
@@ -127,6 +130,15 @@ def _known_evaluation(run: Run, stage: str) -> dict[str, Any] | None:
         return None
     evaluation: dict[str, Any] = storage.read_json(run.stage(stage) / EVALUATION)
     return evaluation
+
+
+def _by(run: Run, evaluation: Mapping[str, Any]) -> str:
+    """Return which version of the code measured ``evaluation``, if it was not this one."""
+    known, here = evaluation.get("code"), code_version()
+    if known == here:
+        return ""
+    path = run.stage(evaluation["stage"]) / EVALUATION
+    return f", with version {known}, not this one, {here}; remove {path} to measure them again"
 
 
 def task_paths(run: Run, task: TaskConfig) -> list[Path]:

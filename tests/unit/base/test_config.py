@@ -45,6 +45,7 @@ def written(tmp_path: Path, text: str) -> Path:
     return path
 
 
+@pytest.mark.fault("K02")
 def test_yaml_1_2_scalars(tmp_path: Path) -> None:
     path = written(
         tmp_path,
@@ -55,6 +56,7 @@ def test_yaml_1_2_scalars(tmp_path: Path) -> None:
     assert read_yaml(path) == expected
 
 
+@pytest.mark.fault("K02", "L03")
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -100,6 +102,7 @@ def test_build_makes_frozen_dataclasses(tmp_path: Path) -> None:
         built.steps = 11  # type: ignore[misc]
 
 
+@pytest.mark.fault("K01", "K02")
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -142,6 +145,7 @@ def test_overrides_are_typed_and_nested(tmp_path: Path) -> None:
     assert values["steps"] == 10
 
 
+@pytest.mark.fault("K02", "L03")
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [

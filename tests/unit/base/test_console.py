@@ -127,6 +127,7 @@ sys.stderr.write("reached the end\\n")
 """
 
 
+@pytest.mark.fault("K11")
 def test_a_reader_that_goes_away_stops_nothing() -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", TALK], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -140,6 +141,7 @@ def test_a_reader_that_goes_away_stops_nothing() -> None:
     assert process.returncode == 0
 
 
+@pytest.mark.fault("K11")
 def test_a_closed_standard_output_stops_nothing() -> None:
     command = [sys.executable, "-c", TALK]
     answer = subprocess.run(

@@ -91,6 +91,7 @@ def test_a_model_that_its_record_is_not_about_is_refused(run: records.Run) -> No
         records.open_promoted(run, "init")
 
 
+@pytest.mark.fault("K07")
 def test_only_a_pass_for_these_bytes_opens(run: records.Run) -> None:
     found = finish(run, "pretrain")
     with pytest.raises(GateRefusedError, match=r"has not been judged; run scripts/11_evaluate\.py"):
@@ -106,6 +107,7 @@ def test_only_a_pass_for_these_bytes_opens(run: records.Run) -> None:
     assert records.open_promoted(run, "pretrain").forced is None
 
 
+@pytest.mark.fault("K07")
 def test_an_edited_verdict_is_refused(run: records.Run) -> None:
     found = finish(run, "pretrain")
     judge(run, "pretrain", {"fingerprint": found, "promoted": False, "checks": []})
@@ -116,6 +118,7 @@ def test_an_edited_verdict_is_refused(run: records.Run) -> None:
         records.open_promoted(run, "pretrain")
 
 
+@pytest.mark.fault("K07")
 @pytest.mark.parametrize("name", records.EVIDENCE)
 def test_edited_evidence_of_a_verdict_is_refused(run: records.Run, name: str) -> None:
     found = finish(run, "pretrain")
@@ -161,6 +164,7 @@ def test_a_changed_weight_is_noticed(run: records.Run) -> None:
         records.open_promoted(run, "pretrain")
 
 
+@pytest.mark.fault("K13")
 def test_force_is_kept_where_it_was_needed_only(run: records.Run) -> None:
     found = finish(run, "pretrain")
     assert records.open_promoted(run, "pretrain", force="a test").forced == "a test"

@@ -93,6 +93,7 @@ def test_rotary_embeddings_are_those_of_a_model_built_plainly(
     assert torch.equal(logits(model), logits(plain))
 
 
+@pytest.mark.fault("D09")
 @pytest.mark.parametrize("tie_embeddings", [True, False])
 def test_an_untrained_model_starts_as_one_that_knows_nothing(
     tiny: ModelConfig, init: InitConfig, tie_embeddings: bool
@@ -104,12 +105,14 @@ def test_an_untrained_model_starts_as_one_that_knows_nothing(
     assert start.num_parameters == config.num_parameters
 
 
+@pytest.mark.fault("D09")
 def test_too_wide_a_start_is_refused(tiny: ModelConfig, init: InitConfig) -> None:
     model = initialize(tiny, dataclasses.replace(init, std=1.0), 0)
     with pytest.raises(UsageError, match=r"off ln\(vocab_size\) = 5\.768; set a smaller init\.std"):
         check_start(model, 0)
 
 
+@pytest.mark.fault("D09")
 def test_a_model_that_sees_the_future_is_refused(tiny: ModelConfig, init: InitConfig) -> None:
     model = initialize(tiny, init, 0)
     forward = model.model.forward
@@ -129,6 +132,7 @@ def test_spread_must_be_positive() -> None:
         build(InitConfig, {"std": 0.0, "scale_residual": False, "dtype": "float32"})
 
 
+@pytest.mark.fault("J05", "J07")
 @pytest.mark.parametrize("tie_embeddings", [True, False])
 def test_a_saved_model_loads_without_edits_with_equal_logits(
     tiny: ModelConfig,
@@ -157,6 +161,7 @@ def test_a_saved_model_loads_without_edits_with_equal_logits(
     assert len(AutoTokenizer.from_pretrained(tmp_path / "model")) == 320
 
 
+@pytest.mark.fault("J07")
 def test_configuration_files_hold_what_training_used_and_no_path(
     tiny: ModelConfig, init: InitConfig, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
@@ -178,6 +183,7 @@ def test_configuration_files_hold_what_training_used_and_no_path(
         assert str(tokenizer_folder) not in path.read_text()
 
 
+@pytest.mark.fault("J04")
 def test_generation_never_gives_a_reserved_token(
     tiny: ModelConfig, init: InitConfig, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
@@ -246,6 +252,7 @@ def test_many_shards_with_an_index(
     assert torch.equal(logits(load_model(tmp_path / "model")), logits(model))
 
 
+@pytest.mark.fault("J04")
 def test_a_vocabulary_with_too_few_rows_is_refused(
     tiny: ModelConfig, init: InitConfig, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
@@ -255,6 +262,7 @@ def test_a_vocabulary_with_too_few_rows_is_refused(
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.fault("J04")
 def test_padded_rows_of_a_model_from_outside_are_never_generated(
     tiny: ModelConfig, init: InitConfig, tokenizer_folder: Path, tmp_path: Path
 ) -> None:

@@ -78,6 +78,7 @@ def test_named_targets(base: Any) -> None:
     assert all("q_proj" in name or "v_proj" in name for name in names)
 
 
+@pytest.mark.fault("J06")
 def test_targets_that_match_nothing_are_refused(base: Any) -> None:
     wrong = LoRAAdapterConfig(r=2, alpha=2.0, dropout=0.0, targets=("q_prj",))
     with pytest.raises(UsageError, match="'q_prj' matches no linear module.*did you mean 'q_proj'"):
@@ -108,6 +109,7 @@ def test_settings_are_validated(change: dict[str, Any]) -> None:
         build(LoRAAdapterConfig, {**good, **change})
 
 
+@pytest.mark.fault("J01")
 @pytest.mark.parametrize("tie_embeddings", [True, False])
 def test_merged_equals_adapter(tiny: ModelConfig, init: InitConfig, tie_embeddings: bool) -> None:
     model = initialize(dataclasses.replace(tiny, tie_embeddings=tie_embeddings), init, 0)
@@ -121,6 +123,7 @@ def test_merged_equals_adapter(tiny: ModelConfig, init: InitConfig, tie_embeddin
     assert (logits(merged) - with_adapter).abs().max() <= 1e-5
 
 
+@pytest.mark.fault("J01")
 def test_bf16_is_merged_in_fp32_and_rounded_once(tiny: ModelConfig, init: InitConfig) -> None:
     model = initialize(tiny, init, 0, torch.bfloat16)
     name = "layers.0.self_attn.q_proj"
@@ -134,12 +137,14 @@ def test_bf16_is_merged_in_fp32_and_rounded_once(tiny: ModelConfig, init: InitCo
     assert torch.equal(merged.get_submodule(f"model.{name}").weight, expected)
 
 
+@pytest.mark.fault("J02")
 def test_merging_twice_is_refused(base: Any) -> None:
     merged = merge_adapter(trained(add_adapter(base, CONFIG)))
     with pytest.raises(UsageError, match="no LoRA adapter, or it was merged already; give"):
         merge_adapter(merged)  # type: ignore[arg-type]
 
 
+@pytest.mark.fault("J03")
 def test_an_adapter_that_was_not_trained_is_refused(base: Any, tmp_path: Path) -> None:
     adapted = add_adapter(base, CONFIG)
     with pytest.raises(CheckpointError, match=r"zero everywhere.*not trained; run the lora stage"):
@@ -149,6 +154,7 @@ def test_an_adapter_that_was_not_trained_is_refused(base: Any, tmp_path: Path) -
     assert not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.fault("J03")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_adapter_that_is_not_finite_is_refused(base: Any, tmp_path: Path, value: float) -> None:
     adapted = trained(add_adapter(base, CONFIG))
@@ -205,6 +211,7 @@ def test_a_path_of_this_machine_is_not_written_down(base: Any, tmp_path: Path) -
         assert str(tmp_path).encode() not in path.read_bytes()
 
 
+@pytest.mark.fault("J02")
 def test_loading_checks_base_and_bytes(
     base: Any, tiny: ModelConfig, init: InitConfig, tmp_path: Path
 ) -> None:

@@ -102,6 +102,7 @@ def test_the_direction_comes_from_the_file_not_from_the_name() -> None:
     assert outcome(Check(metric="loss", min=0.5, min_samples=1), named_loss)["result"] == "pass"
 
 
+@pytest.mark.fault("K05")
 @pytest.mark.parametrize("value", [None, "0.9", True, [0.9], {"mean": 0.9}])
 def test_a_value_that_is_no_number_fails(value: Any) -> None:
     found = evidence({"refusal_rate": rate(90, 100)})
@@ -111,6 +112,7 @@ def test_a_value_that_is_no_number_fails(value: Any) -> None:
     assert "not a number" in check["why"]
 
 
+@pytest.mark.fault("K05")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(
     "check",
@@ -129,12 +131,14 @@ def test_nan_and_infinity_fail_whatever_the_direction(value: float, check: Check
     json.dumps(judged, allow_nan=False)
 
 
+@pytest.mark.fault("K05")
 def test_an_item_without_a_finite_score_fails() -> None:
     found = evidence({"refusal_rate": rate(90, 100)})
     found.items[3]["scores"]["refusal_rate"] = None  # type: ignore[index]
     assert outcome(at_least(0.5), found)["why"] == "an item has no finite score"
 
 
+@pytest.mark.fault("K04", "K05")
 def test_a_missing_metric_fails() -> None:
     check = outcome(at_least(0.5), evidence({"other": rate(90, 100)}))
     assert check["result"] == "fail"
@@ -144,6 +148,7 @@ def test_a_missing_metric_fails() -> None:
     assert "no item holds a score" in outcome(at_least(0.5), no_items)["why"]
 
 
+@pytest.mark.fault("K07")
 def test_evidence_of_another_model_fails() -> None:
     foreign = evidence({"refusal_rate": rate(100, 100)}, fingerprint="b" * 64)
     check = outcome(at_least(0.5), foreign)
@@ -166,6 +171,7 @@ def test_changed_items_fail_for_their_task_only() -> None:
     assert outcome(check, stale)["why"] == "stale: facts changed"
 
 
+@pytest.mark.fault("K07")
 def test_a_summary_that_its_items_do_not_bear_out_fails() -> None:
     found = evidence({"refusal_rate": rate(50, 100)})
     found.evaluation["metrics"]["refusal_rate"] |= {"value": 0.95, "low": 0.9, "high": 0.98}
@@ -305,6 +311,7 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
         gates.checks("demo", "dpo")
 
 
+@pytest.mark.fault("K05", "K06")
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -342,6 +349,7 @@ def test_an_error_names_file_line_and_field(tmp_path: Path) -> None:
     assert str(caught.value).startswith(f'{path}:6:min: found "much"')
 
 
+@pytest.mark.fault("K04", "K06")
 def test_unknown_metrics_of_every_section_are_refused(tmp_path: Path) -> None:
     gates = read_gates(gate_file(tmp_path, GOOD + GOOD.split("\n", 2)[2].replace("demo", "7b")))
     names = {"pretrain": {"facts"}, "sft": {"facts"}}

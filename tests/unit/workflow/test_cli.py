@@ -241,6 +241,7 @@ def test_a_stopped_stage_says_with_which_command_it_goes_on(
     assert capsys.readouterr().err == f"error: run the same command {said}\n"
 
 
+@pytest.mark.fault("K12")
 def test_the_7b_without_a_gpu_says_what_it_needs(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -273,6 +274,7 @@ def test_a_bad_source_changes_nothing(place: Path, capsys: pytest.CaptureFixture
     assert not (place / "runs/demo/run.json").exists()
 
 
+@pytest.mark.fault("K08")
 def test_a_run_in_use_ends_with_8(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with storage.lock_run(place / "runs/demo"):
         assert cli.execute(["clean"]) == 8
@@ -379,6 +381,7 @@ def test_help_and_complaints_import_nothing_slow(tmp_path: Path, arguments: str)
     assert answer.returncode == (0 if "--help" in arguments else 2)
 
 
+@pytest.mark.fault("K11")
 def test_a_reader_that_goes_away_is_no_error() -> None:
     command = [sys.executable, "-m", "sevenfold.workflow.cli", "pretrain", "--help"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -411,6 +414,7 @@ def test_the_kernel_set_up_is_importable_from_script_05() -> None:
     assert names["setup_kernel_optimizations"] is setup_kernel_optimizations
 
 
+@pytest.mark.fault("K11")
 def test_a_closed_standard_error_is_no_error() -> None:
     command = [sys.executable, str(REPOSITORY / "scripts/production_pretrain.py"), "--help"]
     answer = subprocess.run(

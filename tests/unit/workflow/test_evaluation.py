@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import types
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from sevenfold.base import storage
+from sevenfold.base import faults, storage
 from sevenfold.base.errors import BadDataError, GateRefusedError, UsageError
 from sevenfold.base.records import Run, open_promoted
 from sevenfold.data.tokenizer import TokenizerConfig, train_tokenizer
@@ -58,6 +59,9 @@ demo:
     - metric: merge_error
       max: 1.0e-4
       min_samples: 100
+    - metric: merge_kl
+      max: 1.0e-6
+      min_samples: 10
 """
 
 
@@ -181,6 +185,21 @@ def test_measuring_again_does_nothing(run: Run, monkeypatch: pytest.MonkeyPatch)
     assert (run.stage("sft") / "evaluation.json").read_bytes() == before
 
 
+def test_measured_by_another_version_of_the_code_is_said(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = storage.read_json(run.stage("sft") / "evaluation.json")["code"]
+    monkeypatch.setattr(evaluation, "code_version", lambda: known)
+    evaluate_stage(run, recipe(), "sft")
+    assert capsys.readouterr().out == "sft: already measured, 13 metrics\n"
+    monkeypatch.setattr(evaluation, "code_version", lambda: "9.9.9")
+    evaluate_stage(run, recipe(), "sft")
+    said = f"13 metrics, with version {known}, not this one, 9.9.9; remove {run.stage('sft')}"
+    assert said in capsys.readouterr().out
+    (run.stage("sft") / "evaluation.json").unlink()
+    assert evaluate_stage(run, recipe(), "sft")["code"] == "9.9.9"
+
+
 def _other_items(run: Run) -> None:
     path = run.data("raw") / "evaluation" / "village_statements.jsonl"
     path.write_text(path.read_text().replace("Tom has", "Ann has"))
@@ -230,6 +249,7 @@ CHANGES: list[tuple[Callable[[Run], None], str]] = [
 ]
 
 
+@pytest.mark.fault("K07")
 @pytest.mark.parametrize(("change", "reason"), CHANGES)
 def test_evidence_that_does_not_belong_is_refused_and_measured_anew(
     run: Run, gates_file: Path, change: Callable[[Run], None], reason: str
@@ -278,6 +298,43 @@ def test_the_same_verdict_twice_byte_for_byte(run: Run, gates_file: Path) -> Non
     assert path.read_bytes() == first
 
 
+@pytest.mark.fault("A13")
+def test_killed_between_gate_and_promotion_the_same_command_goes_on(
+    run: Run, gates_file: Path
+) -> None:
+    """At every file operation of measuring and judging: promoted or not, and never half."""
+    before = (run.stage("pretrain") / "evaluation.json").read_bytes()
+    refused = set()
+    for point in range(1, 100):
+        copied = Run(folder=run.folder.parent / f"killed-{point}", facts=run.facts)
+        shutil.copytree(run.folder, copied.folder)
+        child = os.fork()
+        if child == 0:
+            os.environ[faults.VARIABLE] = f"kill@fs:{point}"
+            faults._operations_done = 0
+            check_stage(copied, recipe(), "pretrain", gates_file)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        try:
+            opened = open_promoted(copied, "pretrain")
+        except GateRefusedError as refusal:
+            refused.add(str(refusal).split(": ", 1)[1].split(";")[0])
+            opened = None
+        assert opened is not None or os.WIFSIGNALED(status)
+        # The next command: measured already, judged again, opened.
+        evaluate_stage(copied, recipe(), "pretrain")
+        assert (copied.stage("pretrain") / "evaluation.json").read_bytes() == before
+        assert check_stage(copied, recipe(), "pretrain", gates_file)["promoted"] is True
+        assert open_promoted(copied, "pretrain").forced is None
+        shutil.rmtree(copied.folder)
+        if os.WIFEXITED(status):
+            break
+    assert point > 8
+    kinds = ("pretrain has not been judged", "the verdict is older than")
+    assert all(any(reason.startswith(kind) for reason in refused) for kind in kinds), refused
+
+
+@pytest.mark.fault("K07")
 def test_an_edited_verdict_opens_nothing(run: Run, gates_file: Path) -> None:
     with pytest.raises(GateRefusedError):
         check_stage(run, recipe(), "sft", gates_file)
@@ -296,6 +353,7 @@ def test_a_refusal_names_every_check_that_does_not_pass(run: Run, gates_file: Pa
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.fault("K07")
 def test_a_comparison_needs_the_earlier_stages_evidence(run: Run, gates_file: Path) -> None:
     path = run.stage("pretrain") / "evaluation_items.jsonl"
     path.write_text(path.read_text() + "{}\n")
@@ -303,6 +361,7 @@ def test_a_comparison_needs_the_earlier_stages_evidence(run: Run, gates_file: Pa
         check_stage(run, recipe(), "sft", gates_file)
 
 
+@pytest.mark.fault("K07")
 def test_evidence_that_is_no_json_is_refused(run: Run, gates_file: Path) -> None:
     path = run.stage("sft") / "evaluation.json"
     path.write_text('{"metrics": {"village_statements": {"value": NaN}}}')
@@ -343,6 +402,7 @@ def test_unfinished_stages_and_missing_files_are_named(run: Run, gates_file: Pat
         evaluate_stage(run, recipe(TASKS[:1]), "sft")
 
 
+@pytest.mark.fault("K04")
 def test_a_misspelt_metric_is_refused_before_anything_is_judged(run: Run, gates_file: Path) -> None:
     gates_file.write_text(GATES.replace("metric: refusal_rate", "metric: refusal_rat"))
     with pytest.raises(UsageError, match=r"dpo: metric 'refusal_rat' .* mean 'refusal_rate'"):
@@ -365,12 +425,15 @@ def add_lora(run: Run, *, merge: bool) -> None:
     run.write_record("lora", {"stage": "lora", "external": False})
 
 
+@pytest.mark.fault("J01")
 def test_an_adapter_is_judged_off_and_merged(run: Run, gates_file: Path) -> None:
     add_lora(run, merge=True)
     metrics = evaluate_stage(run, recipe(), "lora")["metrics"]
     assert metrics["adapter_off_change"]["value"] == 0.0
     assert 0 < metrics["merge_error"]["value"] < 1e-4
     assert metrics["merge_error"]["n"] > 1000
+    assert 0 <= metrics["merge_kl"]["value"] < 1e-9
+    assert metrics["merge_kl"]["n"] == metrics["merge_error"]["n"] / VOCAB
     assert check_stage(run, recipe(), "lora", gates_file)["promoted"] is True
 
 
@@ -393,10 +456,11 @@ def test_an_adapter_that_was_changed_is_judged_by_no_earlier_evidence(
         check_stage(run, recipe(), "lora", gates_file)
 
 
+@pytest.mark.fault("J01")
 def test_a_merged_model_without_its_adapter_fails(run: Run, gates_file: Path) -> None:
     add_lora(run, merge=False)
     evaluate_stage(run, recipe(), "lora")
-    with pytest.raises(GateRefusedError, match="lora is not promoted: merge_error fail"):
+    with pytest.raises(GateRefusedError, match="promoted: merge_error fail .*; merge_kl fail"):
         check_stage(run, recipe(), "lora", gates_file)
 
 

@@ -209,6 +209,7 @@ def test_a_dry_run_only_plans(workshop: Workshop, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault("K04")
 def test_a_misspelt_gate_stops_before_anything_is_done(
     workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
