@@ -14,7 +14,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
 
@@ -24,7 +24,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from sevenfold.base.errors import UsageError, nearest
 
 T = TypeVar("T")
-MAX_YAML_BYTES = 1_000_000
+# The largest preset has 12 kB. Reading this much takes half a second, whatever stands in it.
+MAX_YAML_BYTES = 100_000
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -38,16 +39,24 @@ class _StrictLoader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2 scalars, and neither aliases nor duplicate keys."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.events.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.events.AliasEvent):
             raise UsageError(
                 f"{_mark(event.start_mark)}: aliases are not read; write the value out"
+            )
+        if getattr(event, "tag", None) is not None:
+            raise UsageError(
+                f"{_mark(event.start_mark)}: tag '{event.tag}' is not read; write a plain value"
             )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise UsageError(
+                    f"{_mark(key_node.start_mark)}: a key must be one word; put quotes around it"
+                )
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise UsageError(
@@ -92,23 +101,26 @@ def read_yaml(path: Path) -> Document:
     """Read one YAML mapping from ``path``.
 
     Errors:
-        UsageError: missing file, over 1 MB, malformed YAML, a tag, an alias, a duplicate key, a
+        UsageError: missing file, over 100 kB, malformed YAML, a tag, an alias, a duplicate key, a
             number that is not finite, no UTF-8, or something else than a mapping at the top.
     """
     if not path.is_file():
         raise UsageError(f"{path}: no such file; name an existing YAML file")
+    if (size := path.stat().st_size) > MAX_YAML_BYTES:
+        raise UsageError(
+            f"{path}: {size} bytes; a configuration has at most {MAX_YAML_BYTES // 1000} kB"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    if len(text) > MAX_YAML_BYTES:
-        raise UsageError(f"{path}: {len(text)} characters; a configuration has at most 1 MB")
     loader = _StrictLoader(text)
     loader.name = str(path)
     try:
         node = loader.get_single_node()
         values = loader.construct_document(node) if node is not None else None
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        # A ValueError is a number of too many digits.
         reason = " ".join(str(error).split())
         raise UsageError(f"{path}: not readable as YAML: {reason}") from error
     if not isinstance(values, dict):
@@ -140,8 +152,9 @@ def _refuse_infinite(
         for index, item in enumerate(value):
             _refuse_infinite(item, path, (*where, index), lines)
     elif isinstance(value, float) and not math.isfinite(value):
-        field = ".".join(map(str, where))
-        raise UsageError(f"{path}:{lines.get(where, 1)}:{field}: {value} is not a finite number")
+        parts = filter(None, (lines.get(where), ".".join(map(str, where))))
+        place = "".join(f":{part}" for part in parts)
+        raise UsageError(f"{path}{place}: {value} is not a finite number")
 
 
 def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
@@ -172,14 +185,13 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
 def _read_value(assignment: str, text: str) -> Any:
     try:
         value = _StrictLoader(text).get_single_data()
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         reason = getattr(error, "problem", None) or type(error).__name__
         raise UsageError(
             f"--set {assignment}: not readable as YAML ({reason}); expected one value, with quotes "
             "around it where the shell or YAML would take it apart"
         ) from None
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UsageError(f"--set {assignment}: {value} is not a finite number")
+    _refuse_infinite(value, f"--set {assignment}", (), {})
     return value
 
 
@@ -210,7 +222,7 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
         field = ".".join(map(str, location))
         where = f"{path}:{line}:{field}" if line else f"{path}:{field}"
         if problem["type"] in _UNKNOWN_KEY:
-            advice = nearest(str(location[-1]), _known_keys(cls, location[:-1]))
+            advice = _advice(cls, location)
             raise UsageError(f"{where}: unknown key{advice}") from None
         if problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
             raise UsageError(f"{where}: missing; this key has no default") from None
@@ -242,6 +254,22 @@ def _known_keys(cls: Any, location: Sequence[Any]) -> list[str]:
     if not dataclasses.is_dataclass(cls):
         return []
     return [field.name for field in dataclasses.fields(cls)]
+
+
+def _advice(cls: Any, location: Sequence[Any]) -> str:
+    """Say where a key of this name belongs, if only elsewhere; else the nearest names."""
+    places = [path for path in _key_paths(cls) if path[-1] == location[-1]]
+    if not places:
+        return nearest(str(location[-1]), _known_keys(cls, location[:-1]))
+    same_section = [path for path in places if path[:1] == tuple(location[:1])]
+    return f"; did you mean '{'.'.join((same_section or places)[0])}'?"
+
+
+def _key_paths(cls: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, kind in typing.get_type_hints(cls).items() if dataclasses.is_dataclass(cls) else ():
+        yield (*above, name)
+        for member in (kind, *typing.get_args(kind)):
+            yield from _key_paths(member, (*above, name))
 
 
 def to_plain(value: Any) -> Any:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -67,8 +71,11 @@ def test_yaml_1_2_scalars(tmp_path: Path) -> None:
         ("- a\n", r"recipe.yaml: expected 'key: value' lines at the top level"),
         ("", r"recipe.yaml: expected 'key: value' lines at the top level"),
         ("a: [1\n", r"recipe.yaml: not readable as YAML: .*line 2"),
-        ("a: !!python/object:os.system x\n", r"recipe.yaml: not readable as YAML: .*could not"),
-        ("a: 1\n" + "#" * MAX_YAML_BYTES, r"a configuration has at most 1 MB"),
+        ("a: !!python/object:os.system x\n", r"recipe.yaml:1:4: tag '.*os.system' is not read; wr"),
+        ("a: !!timestamp x\n", r"recipe.yaml:1:4: tag '.*timestamp' is not read; write a plain"),
+        ("b: 1\n? [a]\n: 1\n", r"recipe.yaml:2:3: a key must be one word; put quotes around"),
+        ("a: " + "1" * 5000, r"recipe.yaml: not readable as YAML: .*4300 digits"),
+        ("a: 1\n" + "#" * MAX_YAML_BYTES, r"100005 bytes; a configuration has at most 100 kB"),
     ],
 )
 def test_yaml_that_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -86,6 +93,61 @@ def test_a_recipe_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"a: caf\xe9\n")
     with pytest.raises(UsageError, match=r"latin\.yaml: not UTF-8 at byte 6; save it as UTF-8"):
         read_yaml(tmp_path / "latin.yaml")
+
+
+READ = r"""
+import re, sys, time
+from pathlib import Path
+from sevenfold.base.config import UsageError, read_yaml
+started = time.process_time()
+try:
+    read_yaml(Path(sys.argv[1]))
+except UsageError as error:
+    seconds = time.process_time() - started
+    peak_kib = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
+    print(seconds, int(peak_kib) / 1024, error)
+"""
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
+)
+
+
+@pytest.mark.fault("L03")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "aliases are not read"),
+        ("".join(f"k{n}: 1\n" for n in range(8000)) + BOMB, "aliases are not read"),
+        ("a: " + "[" * 90_000, "maximum recursion depth"),
+        ("a: !!python/object/apply:os.system ['touch MARKER']\n", "tag .* is not read"),
+    ],
+    ids=["bomb", "late bomb", "deep", "tag"],
+)
+def test_hostile_yaml_costs_neither_time_nor_memory(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text.replace("MARKER", str(tmp_path / "marker")), encoding="utf-8")
+    assert re.search(message, read_apart(path))
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.fault("L03")
+def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("a: 1\n")
+    os.truncate(path, 10**9)
+    assert "1000000000 bytes; a configuration has at most 100 kB" in read_apart(path)
+
+
+def read_apart(path: Path) -> str:
+    """Read ``path`` in a process of its own, which may take little time and memory."""
+    command = [sys.executable, "-c", READ, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds, memory_mib, said = done.stdout.split(maxsplit=2)
+    assert float(seconds) < 1.0
+    assert float(memory_mib) < 200
+    return said
 
 
 VALID = """steps: 10
@@ -111,6 +173,21 @@ def test_build_makes_frozen_dataclasses(tmp_path: Path) -> None:
             "peek_lr: 3e-4",
             r":4:inner.peek_lr: unknown key; did you mean 'peak_lr'\?",
         ),
+        (
+            "peak_lr: 3e-4",
+            "peak-lr: 3e-4",
+            r":4:inner.peak-lr: unknown key; did you mean 'peak_lr'\?",
+        ),
+        (
+            "steps: 10",
+            "peak_lr: 3e-4\nsteps: 10",
+            r":1:peak_lr: unknown key; did you mean 'inner.peak_lr'\?",
+        ),
+        ("3e-4", "'2e-5'", r':4:inner.peak_lr: found "2e-5"; input should be a valid number'),
+        ("steps: 10", "steps: 1_000", r':1:steps: found "1_000"; input should be a valid integer'),
+        ("steps: 10", "steps: 012", r':1:steps: found "012"; input should be a valid integer'),
+        ("steps: 10", "steps: yes", r':1:steps: found "yes"; input should be a valid integer'),
+        ("steps: 10", "steps: true", r":1:steps: found true; input should be a valid integer"),
         ("steps: 10\n", "", r":inner.*|steps: missing; this key has no default"),
         ("steps: 10", "steps: ten", r":1:steps: found \"ten\"; input should be a valid integer"),
         ("steps: 10", "steps: 1.5", r":1:steps: found 1.5; input should be a valid int"),
@@ -152,12 +229,14 @@ def test_overrides_are_typed_and_nested(tmp_path: Path) -> None:
         ("steps", r"--set steps: expected section.key=value"),
         ("=3", r"--set =3: expected section.key=value"),
         ("steps.more=3", r"'steps' is a value, not a section"),
-        ("steps=.inf", r"inf is not a finite number"),
+        ("steps=.inf", r"--set steps=.inf: inf is not a finite number"),
+        ("parts=[{a: .nan}]", r"--set parts=.*:0.a: nan is not a finite number"),
         (
             "steps=[1",
             r"--set steps=\[1: not readable as YAML \(.*\); expected one value, with quotes",
         ),
-        ("note=!!python/name:os.system", r"not readable as YAML \(could not determine"),
+        ("note=!!python/name:os.system", r"tag '.*os.system' is not read; write a plain value"),
+        ("steps=" + "1" * 5000, r"not readable as YAML \(ValueError\); expected one value"),
         ("note=" + "[" * 3000, r"not readable as YAML \(RecursionError\); expected one value"),
     ],
 )
