@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Mapping
@@ -27,6 +28,12 @@ SCRIPTS = {
 }
 # What a verdict rests on, and under which key record.json keeps its SHA-256.
 EVIDENCE = {"evaluation.json": "evaluation_sha256", "evaluation_items.jsonl": "items_sha256"}
+# The oldest versions without a known hole in what we do with them, and what the hole is.
+FLOORS = {
+    "torch": ("2.10", "CVE-2026-24747: a checkpoint can corrupt memory while it is read"),
+    "transformers": ("5.0", "CVE-2026-1839: a checkpoint's random state can run code"),
+    "jinja2": ("3.1.6", "CVE-2025-27516: a chat template can leave its sandbox"),
+}
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "peft", "safetensors", "numpy")
 
 
@@ -139,6 +146,30 @@ def package_versions() -> dict[str, str]:
     installed = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
     versions = {name: installed[name] for name in (*PACKAGES, "torchao") if name in installed}
     return {"python": platform.python_version(), **versions}
+
+
+def require_packages() -> None:
+    """Refuse packages with holes that are known; nothing of them is imported.
+
+    Errors:
+        UsageError: one is missing or older than its floor; the message says how to install it.
+    """
+    for name, (floor, reason) in FLOORS.items():
+        install = f"pip install --upgrade '{name}>={floor}'"
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            raise UsageError(f"{name} is not installed; {install}") from None
+        if _numbers(found) < _numbers(floor):
+            raise UsageError(
+                f"{name} {found} is installed, at least {floor} is needed ({reason}); {install}"
+            )
+
+
+def _numbers(version: str) -> list[int]:
+    """Return 2.13.0+cpu as [2, 13, 0]; what is no number ends it."""
+    found = re.match(r"\d+(?:\.\d+)*", version)
+    return [int(part) for part in found[0].split(".")] if found else []
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from typing import Any
 
 from sevenfold.base import console
 from sevenfold.base.errors import SevenfoldError, StoppedError
+from sevenfold.base.records import require_packages
 from sevenfold.workflow import flags
 
 
@@ -44,6 +45,8 @@ def execute(arguments: list[str], *, verb: str | None = None, program: str = "se
     previous = _stop_on_terminate()
     try:
         chosen, options = flags.parse(arguments, verb=verb, program=program)
+        if chosen.name != "doctor":
+            require_packages()
         module, _, function = chosen.perform.partition(":")
         getattr(importlib.import_module(module), function)(options)
     except SystemExit as ended:

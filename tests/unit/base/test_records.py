@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,46 @@ def test_a_run_is_written_and_opened(run: records.Run) -> None:
     assert opened.facts["code"].startswith("0.")
     assert opened.data("clean") == run.folder / "data" / "clean"
     assert opened.tokenizer == run.folder / "tokenizer"
+
+
+@pytest.mark.fault("L11", "K12")
+@pytest.mark.parametrize(
+    ("name", "version", "message"),
+    [
+        ("torch", "2.9.1+cu128", r"torch 2\.9\.1\+cu128 .* 2\.10 is needed \(CVE-2026-24747"),
+        ("torch", "1.13", "at least 2.10 is needed"),
+        ("jinja2", "3.1.5", r"pip install --upgrade 'jinja2>=3\.1\.6'"),
+        ("transformers", "4.57.3", r"at least 5\.0 is needed \(CVE-2026-1839"),
+        ("transformers", None, r"is not installed; pip install --upgrade 'transformers>=5\.0'"),
+    ],
+)
+def test_a_package_with_a_known_hole_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, version: str | None, message: str
+) -> None:
+    records.require_packages()
+    installed = importlib.metadata.version
+
+    def look(asked: str) -> str:
+        if asked == name and version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return str(version) if asked == name else installed(asked)
+
+    monkeypatch.setattr(importlib.metadata, "version", look)
+    with pytest.raises(UsageError, match=message):
+        records.require_packages()
+
+
+@pytest.mark.fault("L11")
+def test_the_project_asks_for_nothing_older_than_the_floors() -> None:
+    text = (Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8")
+    asked = dict(
+        re.fullmatch(r"([\w-]+)>=([\d.]+).*", line).groups()  # type: ignore[union-attr]
+        for line in tomllib.loads(text)["project"]["dependencies"]
+    )
+    wanted = {"torch": [2, 10], "jinja2": [3, 1, 6], "transformers": [5]}
+    assert set(wanted) == set(records.FLOORS)
+    for name, floor in wanted.items():
+        assert records._numbers(asked[name]) >= records._numbers(records.FLOORS[name][0]) >= floor
 
 
 def test_changed_settings_keep_the_birthday(run: records.Run) -> None:

@@ -46,12 +46,14 @@ def test_a_model_without_a_fitting_layer_is_refused() -> None:
         convert_to_float8(torch.nn.Sequential(torch.nn.Linear(8, 16)), emulate=True)
 
 
+@pytest.mark.fault("K03", "K12")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_no_gpu_is_refused() -> None:
     with pytest.raises(UsageError, match=r"8\.9 or above.*this machine has none; use --no-fp8"):
         require_float8()
 
 
+@pytest.mark.fault("K03", "K12")
 def test_an_a100_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
@@ -60,6 +62,7 @@ def test_an_a100_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         require_float8()
 
 
+@pytest.mark.fault("K12")
 def test_a_missing_torchao_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
     with pytest.raises(UsageError, match=r"needs torchao.*pip install 'sevenfold\[fp8\]'"):

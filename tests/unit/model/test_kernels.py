@@ -62,6 +62,7 @@ def test_a_model_that_exists_is_an_error_and_one_that_is_gone_is_not(
     assert not setup_kernel_optimizations()["liger"]
 
 
+@pytest.mark.fault("K12")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("kernel", ["liger", "cce"])
 def test_without_a_gpu_they_are_refused(kernel: str) -> None:
@@ -83,6 +84,7 @@ def test_liger_never_takes_the_loss(patched: dict[str, Any]) -> None:
         setup_kernel_optimizations()
 
 
+@pytest.mark.fault("K12")
 @pytest.mark.parametrize(
     ("kernel", "module"), [("liger", "liger_kernel.transformers"), ("cce", "cut_cross_entropy")]
 )

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sevenfold.base import storage
+from sevenfold.base import records, storage
 from sevenfold.base.errors import (
     BadDataError,
     CheckpointError,
@@ -359,7 +359,7 @@ def test_scripts_help_comes_at_once(script: Path) -> None:
 def test_complaints_come_at_once(tmp_path: Path) -> None:
     script = str(REPOSITORY / "scripts/07_sft.py")
     printed = quick([sys.executable, script, "--set", "sft.beta=1", "--run", str(tmp_path)], code=2)
-    assert "unknown key; known: data, train" in printed
+    assert "sft.beta: unknown key; did you mean 'dpo.beta'?" in printed
 
 
 NOTHING_SLOW = """
@@ -405,6 +405,21 @@ def test_deprecated_scripts_warn_and_call_the_new_one(
         f"warning: scripts/{name}.py is deprecated; call scripts/05_pretrain.py\n"
     )
     assert "--enable-oom-recovery" in printed.out
+
+
+@pytest.mark.fault("L11", "K12")
+def test_an_old_torch_is_refused_before_it_is_imported(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(records.FLOORS, "torch", ("99.1", "CVE-0000-1: a hole"))
+    assert cli.execute(["pretrain"]) == 2
+    said = capsys.readouterr().err
+    assert said.endswith("at least 99.1 is needed (CVE-0000-1: a hole); pip install --upgrade "
+                         "'torch>=99.1'\n")  # fmt: skip
+    assert said.count("\n") == 1
+    assert list(place.iterdir()) == []
+    assert cli.execute(["pretrain", "--help"]) == 0
+    assert cli.execute(["doctor"]) == 0
 
 
 def test_the_kernel_set_up_is_importable_from_script_05() -> None:
