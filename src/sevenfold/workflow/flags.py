@@ -217,7 +217,7 @@ def parse(
     """Read ``arguments``; without ``verb`` the first of them is the verb.
 
     Errors:
-        UsageError: an unknown verb or flag, a missing or wrong value, or a flag without effect.
+        UsageError: an unknown verb or flag, or a missing or wrong value.
         SystemExit: ``--help`` or ``--version`` was asked for and has been printed.
     """
     if verb is None:
@@ -233,13 +233,7 @@ def parse(
     )
     for add in chosen.flags:
         add(parser)
-    options = parser.parse_args(arguments)
-    if getattr(options, "start_from", None) is not None and options.force is not None:
-        raise UsageError(
-            "--force has no effect with --start-from: no gate stands before a model from outside; "
-            "leave one of them out"
-        )
-    return chosen, options
+    return chosen, parser.parse_args(arguments)
 
 
 def _read_verb(arguments: list[str], program: str) -> tuple[str, list[str]]:

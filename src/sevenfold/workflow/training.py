@@ -86,10 +86,17 @@ def open_source(run: records.Run, previous: str, options: StageOptions) -> recor
 
     Errors:
         GateRefusedError: the previous stage has no passing verdict for these bytes.
-        UsageError: there is no such model.
+        UsageError: there is no such model, or ``--force`` would have no effect.
     """
     if options.start_from is None:
         return records.open_promoted(run, previous, force=options.force)
+    stage = records.STAGES[records.STAGES.index(previous) + 1]
+    can_resume = options.resume and (run.stage(stage) / "checkpoints").is_dir()
+    if options.force is not None and not can_resume:
+        raise UsageError(
+            "--force has no effect with --start-from: no gate stands before a model from outside, "
+            f"and there is no checkpoint of {stage} to go on from; leave it out"
+        )
     folder = options.start_from.resolve()
     if not (folder / "config.json").is_file():
         raise UsageError(f"--start-from {folder}: no config.json; name a Hugging Face model folder")
@@ -107,7 +114,7 @@ def check_named_inputs(run: records.Run, recipe: Recipe, options: StageOptions) 
     """
     rows = recipe.model.vocab_size
     if options.start_from is not None:
-        folder = open_source(run, "init", options).folder
+        folder = open_source(run, "init", dataclasses.replace(options, force=None)).folder
         rows = int(storage.read_json(folder / "config.json").get("vocab_size", rows))
     if options.data is not None:
         open_shards(options.data, vocab_size=rows, min_length=recipe.pretrain.longest_context)

@@ -126,7 +126,6 @@ def test_ctrl_c_says_how_to_go_on(
         ("export runs/x pretrian out", "'pretrian' does not exist; did you mean 'pretrain'"),
         ("clean --preset", "--preset: expected one argument"),
         ("clean --preset smal", "no such preset; did you mean 'small'?"),
-        ("sft --start-from a --force b", "no effect with --start-from: no gate stands before a"),
         ("clean --set seed", "--set seed: expected section.key=value"),
         ("download --source nowhere.txt", "nowhere.txt: no such file or folder"),
         ("report nowhere", "nowhere: no run here; name an existing one with --run"),
