@@ -1,1 +1,4 @@
-"""What every room stands on: config, console, disk, errors, faults, hardware, records, storage."""
+"""What every room stands on.
+
+Modules: config, console, disk, errors, faults, hardware, permissions, records, storage.
+"""

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from sevenfold.base import disk
+from sevenfold.base import disk, permissions
 from sevenfold.base.errors import BadDataError, RunInUseError, SevenfoldError, UsageError
 
 log = logging.getLogger(__name__)
@@ -374,10 +374,12 @@ def lock_run(run_dir: Path) -> Iterator[None]:
 
     Errors:
         RunInUseError: another process holds it; the message names process, host and start.
-        UsageError: the folder cannot be written.
+        UsageError: the folder cannot be written, or is somebody else's.
     """
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        # Whatever the umask says: only the owner writes in a run.
+        run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+        permissions.require_own(run_dir)
         descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise UsageError(f"{run_dir}: cannot be written ({error.strerror}); choose --run") from None
