@@ -20,6 +20,7 @@ from typing import Any, Literal, Self
 
 from sevenfold.base.config import configuration
 from sevenfold.base.errors import BadDataError
+from sevenfold.data.row_files import open_compressed
 
 Document = dict[str, Any]
 Filter = Callable[[Document], str | None]
@@ -260,8 +261,6 @@ class DocumentWriter:
 
 def read_shards(folder: Path, prefix: str) -> Iterator[Document]:
     """Yield the documents that a :class:`DocumentWriter` wrote, in order."""
-    from sevenfold.data.sources import open_compressed
-
     for path in sorted(folder.glob(f"{prefix}-*.jsonl.zst")):
         with open_compressed(path) as file:
             for line in file:

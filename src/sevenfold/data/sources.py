@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import gzip
-import io
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, NamedTuple
 
+from sevenfold.base import storage
 from sevenfold.base.config import configuration
 from sevenfold.base.errors import BadDataError, UsageError
-from sevenfold.base.storage import MANIFEST
-from sevenfold.data.strict_json import (
-    MAX_LINE_BYTES,
-    Values,
-    decode_lines,
-    kind_of,
-    read_json_lines,
-    read_json_list,
-)
+from sevenfold.data.row_files import COMPRESSIONS, SUFFIXES, kind_of_file, read_file
+from sevenfold.data.strict_json import Values, kind_of
 
-SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".csv")
-COMPRESSIONS = (".gz", ".zst")
 UNKNOWN_LICENCE = "unknown"
 
 
@@ -92,7 +79,7 @@ def list_files(source: SourceConfig) -> tuple[Path, list[Path]]:
     """
     path = Path(str(source.path)).expanduser()
     if path.is_file():
-        _kind(path)
+        kind_of_file(path)
         return path.parent, [path]
     if path.is_dir():
         if is_saved_dataset(path):
@@ -136,17 +123,7 @@ def is_saved_dataset(folder: Path) -> bool:
 def _is_wanted(file: Path, root: Path) -> bool:
     hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
     plain = file.with_suffix("") if file.suffix in COMPRESSIONS else file
-    return not hidden and plain.suffix in SUFFIXES and file.name != MANIFEST
-
-
-def _kind(path: Path) -> str:
-    plain = path.with_suffix("") if path.suffix in COMPRESSIONS else path
-    if plain.suffix not in SUFFIXES:
-        raise UsageError(
-            f"{path}: files of this kind are not read; give {', '.join(SUFFIXES)}, "
-            f"each also as {' or '.join(COMPRESSIONS)}, or a folder"
-        )
-    return plain.suffix
+    return not hidden and plain.suffix in SUFFIXES and file.name != storage.MANIFEST
 
 
 def read_rows(source: SourceConfig) -> Iterator[Row]:
@@ -225,93 +202,8 @@ def _local_rows(source: SourceConfig) -> Iterator[Row]:
         )
     for file in files:
         key = file.relative_to(root).as_posix()
-        for values, where in _read_file(file):
+        for values, where in read_file(file):
             yield Row(values, where, key + where.removeprefix(str(file)))
-
-
-def _read_file(path: Path) -> Iterator[tuple[Values, str]]:
-    kind = _kind(path)
-    with open_compressed(path) as file:
-        if kind == ".txt":
-            yield {"text": decode_lines(_without_mark(file.read()), str(path))}, str(path)
-        elif kind == ".jsonl":
-            yield from read_json_lines(file, str(path))
-        elif kind == ".json":
-            yield from read_json_list(file.read(), str(path))
-        elif kind == ".csv":
-            yield from _read_csv(_without_mark(file.read()), str(path))
-        else:
-            inner = io.BytesIO(file.read()) if path.suffix in COMPRESSIONS else path
-            yield from _read_parquet(inner, str(path))
-
-
-def _without_mark(data: bytes) -> bytes:
-    """Drop the byte order mark that some editors put before plain text and tables."""
-    return data.removeprefix(b"\xef\xbb\xbf")
-
-
-@contextlib.contextmanager
-def open_compressed(path: Path) -> Iterator[BinaryIO]:
-    """Open ``path`` for reading bytes, decompressed.
-
-    Errors:
-        BadDataError: the compressed data are damaged or cut off.
-    """
-    import zstandard
-
-    try:
-        if path.suffix == ".gz":
-            with gzip.open(path, "rb") as file:
-                yield cast("BinaryIO", file)
-        elif path.suffix == ".zst":
-            with path.open("rb") as raw:
-                reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-                yield io.BufferedReader(reader, 2**20)
-        else:
-            with path.open("rb") as file:
-                yield file
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-        raise BadDataError(
-            f"{path}: damaged or cut off ({error}); fetch or compress the file again"
-        ) from None
-
-
-def _read_csv(data: bytes, name: str) -> Iterator[tuple[Values, str]]:
-    csv.field_size_limit(MAX_LINE_BYTES)
-    reader = csv.reader(io.StringIO(decode_lines(data, name), newline=""), strict=True)
-    try:
-        header = next(reader, [])
-        if len(set(header)) != len(header) or not header:
-            raise BadDataError(
-                f"{name}:1: the first line must name the columns, each once; found {header}"
-            )
-        line = reader.line_num + 1
-        for fields in reader:
-            where = f"{name}:{line}"
-            if len(fields) != len(header):
-                raise BadDataError(
-                    f"{where}: {len(fields)} fields, but the header has {len(header)}; "
-                    "mend the row or its quotes"
-                )
-            yield dict(zip(header, fields, strict=True)), where
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise BadDataError(f"{name}:{reader.line_num}: not CSV ({error}); mend the row") from None
-
-
-def _read_parquet(file: Path | io.BytesIO, name: str) -> Iterator[tuple[Values, str]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    row = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
-            for values in batch.to_pylist():
-                row += 1
-                yield values, f"{name}:{row}"
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise BadDataError(f"{name}: not readable as Parquet ({reason}); fetch it again") from None
 
 
 def load_saved_dataset(folder: Path, split: str | None) -> Any:

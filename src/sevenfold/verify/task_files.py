@@ -1,25 +1,23 @@
-"""Files that evaluation items stand in: JSONL, CSV, text, packed ones, folders and archives.
+"""Files that evaluation items stand in: those that training rows do, folders and archives of them.
 
 Archives are read member by member in memory and never unpacked.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
+import contextlib
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import zstandard
+from typing import IO, Any, cast
 
 from sevenfold.base.config import fingerprint
 from sevenfold.base.errors import BadDataError, UsageError
 from sevenfold.base.storage import sha256_file
+from sevenfold.data.row_files import read_file
+from sevenfold.data.strict_json import read_json_lines
 
 MAX_MEMBER_BYTES = 1 << 30
 _WIKITEXT_TITLE = re.compile(r"^ = [^=].*[^=] = *$", re.MULTILINE)
@@ -42,6 +40,9 @@ def _folder_files(path: Path) -> list[Path]:
     )
     if not files:
         raise UsageError(f"{path}: no .jsonl file in this folder")
+    for file in files:
+        if not file.resolve().is_relative_to(path.resolve()):
+            raise BadDataError(f"{file}: a link out of {path}; copy the file into the folder")
     return files
 
 
@@ -56,70 +57,53 @@ def read_files(path: Path, *, as_text: bool) -> Iterator[Rows]:
     """
     if path.is_dir():
         for file in _folder_files(path):
-            yield _rows(_content(file), file.name, str(file))
+            yield _with_ids(read_file(file), file.name)
     elif path.name.endswith((".tar.gz", ".tar", ".tgz")):
         yield from _archive_rows(path)
     elif ".txt" in path.suffixes and as_text:
-        yield _text_rows(_content(path).decode("utf-8"), path)
+        yield _text_rows(path)
     else:
-        yield _rows(_content(path), path.name, str(path))
+        yield _with_ids(read_file(path), path.name)
 
 
 def _archive_rows(path: Path) -> Iterator[Rows]:
-    with tarfile.open(path, "r:*") as archive:
+    with _unpacking(path), tarfile.open(path, "r:*") as archive:
         members = [m for m in archive.getmembers() if m.isfile() and m.name.endswith(".jsonl")]
         for member in sorted(members, key=lambda m: m.name):
             if member.size > MAX_MEMBER_BYTES:
                 raise BadDataError(
                     f"{path}: {member.name} holds {member.size} bytes; at most 1 GiB"
                 )
-            file = archive.extractfile(member)
-            if file is not None:
-                yield _rows(file.read(), member.name, f"{path}:{member.name}")
+            yield _with_ids(_member_rows(path, archive, member), member.name)
 
 
-def _content(path: Path) -> bytes:
+def _member_rows(
+    path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo
+) -> Iterator[tuple[Row, str]]:
+    file = cast("IO[bytes]", archive.extractfile(member))  # None only for what is no file
+    with _unpacking(path):
+        yield from read_json_lines(file, f"{path}:{member.name}")
+
+
+@contextlib.contextmanager
+def _unpacking(path: Path) -> Iterator[None]:
     try:
-        if path.suffix == ".gz":
-            return gzip.decompress(path.read_bytes())
-        if path.suffix == ".zst":
-            with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as text:
-                return text.read()
-    except (OSError, EOFError, zstandard.ZstdError) as error:
-        raise BadDataError(f"{path}: cannot be unpacked ({error}); fetch the file again") from None
-    return path.read_bytes()
+        yield
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        reason = str(error).partition("\n")[0]
+        raise BadDataError(f"{path}: cannot be unpacked ({reason}); fetch the file again") from None
 
 
-def _rows(content: bytes, name: str, where: str) -> Rows:
-    """Yield ``(file:line, row)`` of a JSONL or CSV file."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadDataError(f"{where}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+def _with_ids(rows: Iterator[tuple[Row, str]], name: str) -> Rows:
+    """Yield ``(where, row)``; a row without an id is named after its file and line."""
     stem = Path(name).name.split(".")[0]
-    if name.endswith(".csv"):
-        reader = csv.DictReader(io.StringIO(text))
-        for row in reader:
-            yield f"{where}:{reader.line_num}", {"id": f"{stem}-{reader.line_num}", **row}
-        return
-    if ".jsonl" not in Path(name).suffixes:
-        raise UsageError(
-            f"{where}: not a file of items; expected .jsonl, .csv, .tar.gz or a folder"
-        )
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise BadDataError(f"{where}:{number}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise BadDataError(f"{where}:{number}: expected one JSON object a line")
-        yield f"{where}:{number}", {**row, "id": row.get("id", f"{stem}-{number}")}
+    for row, where in rows:
+        yield where, {"id": f"{stem}-{where.rpartition(':')[2]}", **row}
 
 
-def _text_rows(text: str, path: Path) -> Rows:
+def _text_rows(path: Path) -> Rows:
     """Yield the articles of a file in WikiText's layout, or the whole file as one document."""
+    text = next(read_file(path))[0]["text"]
     starts = [match.start() for match in _WIKITEXT_TITLE.finditer(text)]
     starts = [0, *(s for s in starts if text[:s].strip())]
     for index, start in enumerate(starts):

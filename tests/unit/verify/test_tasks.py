@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import random
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -202,30 +203,61 @@ def test_bad_rows_are_named(tmp_path: Path, kind: str, row: Any, message: str) -
 def test_bad_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "task.jsonl"
     for content, message in (
-        ('{"good": ', ":1: not JSON"),
-        ("[1]", ":1: expected one JSON object a line"),
+        ('{"good": ', ":1:10: malformed JSON .*mend or remove this row"),
+        ("[1]", ":1: found a list, expected a JSON object"),
+        ('{"good": "a", "good": "c", "bad": "b"}', ":1: key 'good' stands twice"),
+        ('{"text": "a", "entropy_nats": NaN}', ":1: found NaN, which is not JSON"),
+        ('{"good": "a", "bad": "b"}\n\n', ":2: found a blank line"),
         ("", "no item for task 'task'"),
     ):
         path.write_text(content)
         with pytest.raises(BadDataError, match=message):
             items(path, "pair")
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(BadDataError, match="not UTF-8 at byte 0; save it as UTF-8"):
+    with pytest.raises(BadDataError, match="jsonl:1:1: byte 0xff is not UTF-8; convert the file"):
         items(path, "pair")
     lines(path, {"id": 1, "good": "a", "bad": "b"}, {"id": "1", "good": "a", "bad": "b"})
     with pytest.raises(BadDataError, match="id '1' stands twice; give every item its own"):
         items(path, "pair")
     packed = tmp_path / "task.jsonl.gz"
     packed.write_bytes(b"no gzip")
-    with pytest.raises(BadDataError, match="cannot be unpacked"):
+    with pytest.raises(BadDataError, match="damaged or cut off"):
         items(packed, "pair")
+    text = tmp_path / "wiki.txt"
+    text.write_bytes(b"One.\nTw\xff")
+    with pytest.raises(BadDataError, match=r"wiki\.txt:2:3: byte 0xff is not UTF-8"):
+        items(text, "text")
     with pytest.raises(UsageError, match="no such file; task 'task' needs its items"):
         items(tmp_path / "nowhere.jsonl", "pair")
-    with pytest.raises(UsageError, match="not a file of items; expected .jsonl, .csv"):
+    with pytest.raises(UsageError, match="files of this kind are not read; give .txt, .jsonl"):
         items(lines(tmp_path / "task.yaml", {}), "pair")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="no .jsonl file in this folder"):
         items(tmp_path / "empty", "pair")
+
+
+def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
+    archive = tmp_path / "task.tar.gz"
+    content = b'{"good": "a", "bad": "b"}\n' + random.Random(0).randbytes(100_000).hex().encode()
+    with tarfile.open(archive, "w:gz") as packed:
+        member = tarfile.TarInfo("task.jsonl")
+        member.size = len(content)
+        packed.addfile(member, io.BytesIO(content))
+    whole = archive.read_bytes()
+    for broken in (b"no archive", whole[: len(whole) // 2]):
+        archive.write_bytes(broken)
+        with pytest.raises(BadDataError, match=r"task\.tar\.gz: cannot be unpacked .*fetch the"):
+            items(archive, "pair")
+
+
+@pytest.mark.fault("L05")
+def test_a_link_out_of_a_folder_of_items_is_refused(tmp_path: Path) -> None:
+    outside = lines(tmp_path / "outside.jsonl", {"good": "a", "bad": "b"})
+    folder = tmp_path / "task"
+    folder.mkdir()
+    (folder / "inside.jsonl").symlink_to(outside)
+    with pytest.raises(BadDataError, match=r"inside\.jsonl: a link out of .*; copy the file into"):
+        items(folder, "pair")
 
 
 def test_an_archive_member_of_a_gigabyte_is_refused(tmp_path: Path) -> None:
