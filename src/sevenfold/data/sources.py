@@ -12,7 +12,8 @@ from sevenfold.base.errors import BadDataError, UsageError
 from sevenfold.data.row_files import COMPRESSIONS, SUFFIXES, kind_of_file, read_file
 from sevenfold.data.strict_json import Values, kind_of
 
-UNKNOWN_LICENCE = "unknown"
+# What --source says for people's own files; a report marks whatever begins with "unknown".
+UNSTATED_LICENCE = "unknown (given with --source)"
 
 
 class Row(NamedTuple):
@@ -30,7 +31,8 @@ class SourceConfig:
     ``path`` is a file, a folder (read recursively), a glob, or a ``save_to_disk`` folder.
     ``dataset`` is streamed; it needs ``revision`` (a commit or tag, so that the data cannot change
     between two runs) and ``split``. ``columns`` maps our names to the source's, for example
-    ``{text: content}``. ``max_rows`` and ``max_characters`` end the source early.
+    ``{text: content}``. ``max_rows`` and ``max_characters`` end the source early. Preparation
+    needs ``licence``, which may be ``unknown``.
     """
 
     name: str
@@ -67,7 +69,7 @@ def source_from_path(path: Path) -> SourceConfig:
     name = path.name
     for suffix in (*COMPRESSIONS, *SUFFIXES):
         name = name.removesuffix(suffix)
-    return SourceConfig(name=name or str(path), path=str(path))
+    return SourceConfig(name=name or str(path), path=str(path), licence=UNSTATED_LICENCE)
 
 
 def list_files(source: SourceConfig) -> tuple[Path, list[Path]]:
@@ -262,9 +264,19 @@ def _hub_rows(source: SourceConfig) -> Iterator[Row]:
         ) from error
 
 
-def licence_of(source: SourceConfig) -> str:
-    """Return the licence that was stated, or ``unknown``."""
-    return source.licence or UNKNOWN_LICENCE
+def require_licences(sources: Sequence[SourceConfig], field: str) -> None:
+    """Refuse a source of which the recipe does not say under which licence it stands.
+
+    Errors:
+        UsageError: naming the source; ``field`` is where the recipe lists it.
+    """
+    for source in sources:
+        if not (source.licence or "").strip():
+            raise UsageError(
+                f"{field}: source '{source.name}' ({source.location}) states no licence; add "
+                "licence: with the name its publisher gives, or licence: unknown, which the "
+                "report then shows"
+            )
 
 
 def refuse_repeated(sources: Sequence[SourceConfig]) -> None:

@@ -28,7 +28,7 @@ from sevenfold.data.chat import (
 from sevenfold.data.clean import fraction_of
 from sevenfold.data.pairs import Pair, read_pair
 from sevenfold.data.rows import Example, Message, placeholders, read_examples
-from sevenfold.data.sources import Row, SourceConfig, licence_of, read_rows
+from sevenfold.data.sources import Row, SourceConfig, read_rows
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def _sources(sources: Sequence[SourceConfig], counts: RowCounts) -> list[dict[st
         {
             "name": source.name,
             "location": source.location,
-            "licence": licence_of(source),
+            "licence": source.licence,
             "rows": counts.rows_read[source.name],
         }
         for source in sources

@@ -16,7 +16,7 @@ LEFT_OUT = ("rejected", "truncated")
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
-    """One source; ``licence`` is empty where nobody stated it, ``unit`` what ``amount`` counts."""
+    """One source; ``licence`` is empty where it is not known, ``unit`` what ``amount`` counts."""
 
     name: str
     location: str
@@ -67,7 +67,7 @@ def _source(run: Run, source: Mapping[str, Any], label: str) -> DataSource:
     return DataSource(
         name=name,
         location="" if location == name else location,
-        licence="" if licence.lower() in ("unknown", "none") else licence,
+        licence="" if licence.lower().startswith(("unknown", "none")) else licence,
         amount=amount,
         unit=unit.removesuffix("s") if amount == 1 else unit,
         used_as=label,

@@ -55,11 +55,12 @@ def download(run: Run, recipe: Recipe) -> None:
     """Write ``data/raw``: the documents of the recipe's sources, or of the village.
 
     Errors:
-        UsageError: a source is not there, or is given twice.
+        UsageError: a source is not there, is given twice, or states no licence.
         BadDataError: a source holds something it must not hold; what was there stays.
     """
     chosen, village = recipe.data.sources, recipe.data.village
     sources.refuse_repeated(chosen)
+    sources.require_licences(chosen, "data.sources")
     config = settings(recipe, "raw")
     inputs = {source.location: source_fingerprint(source) for source in chosen}
     if is_current(run.data("raw"), inputs, config):
@@ -88,7 +89,6 @@ def source_fingerprint(source: SourceConfig) -> str:
 
 def _write_documents(folder: Path, chosen: Sequence[SourceConfig]) -> dict[str, Any]:
     facts: list[dict[str, Any]] = []
-    _warn_of_licences(chosen)
     with DocumentWriter(folder, "documents") as writer:
         for source in chosen:
             num_documents = num_characters = 0
@@ -100,7 +100,7 @@ def _write_documents(folder: Path, chosen: Sequence[SourceConfig]) -> dict[str, 
                 {
                     "name": source.name,
                     "location": source.location,
-                    "licence": sources.licence_of(source),
+                    "licence": source.licence,
                     "documents": num_documents,
                     "characters": num_characters,
                 }
@@ -110,12 +110,6 @@ def _write_documents(folder: Path, chosen: Sequence[SourceConfig]) -> dict[str, 
         named = ", ".join(source.location for source in chosen)
         raise BadDataError(f"{named}: not one document; give files that hold text")
     return {"documents": num_documents, "sources": facts}
-
-
-def _warn_of_licences(chosen: Sequence[SourceConfig]) -> None:
-    for source in chosen:
-        if source.licence is None:
-            log.warning("%s: no licence stated; it is recorded as 'unknown'", source.location)
 
 
 def _write_village(folder: Path, village: Village) -> dict[str, Any]:
@@ -299,11 +293,10 @@ def prepare_sft(
     ``tokenizer_folder`` holds another tokenizer than the run's.
 
     Errors:
-        UsageError: no source, or no tokenizer.
+        UsageError: no source, one without a licence, or no tokenizer.
         BadDataError: a row is wrong; with file, line and field.
     """
     made, identity = _row_tokenizer(run, recipe, tokenizer_folder)
-    warned: list[SourceConfig] = []
     for stage in stages:
         chosen = _with_sources(run, recipe, stage, rows_config(recipe, stage))
         inputs = _row_inputs(identity, chosen.sources)
@@ -312,8 +305,6 @@ def prepare_sft(
         with storage.new_folder(
             run.data(stage), kind=stage, inputs=inputs, config=to_plain(chosen)
         ) as folder:
-            _warn_of_licences([source for source in chosen.sources if source not in warned])
-            warned += chosen.sources
             facts = tables.write_conversations(folder, made, chosen)
             storage.manifest_facts(folder, **facts)
         _say_rows(run.data(stage), facts)
@@ -323,20 +314,20 @@ def prepare_dpo(run: Run, recipe: Recipe, tokenizer_folder: Path | None = None) 
     """Write ``data/dpo``: tokenised preference pairs; ``tokenizer_folder`` as for SFT.
 
     Errors:
-        UsageError: no source, or no tokenizer.
+        UsageError: no source, one without a licence, or no tokenizer.
         BadDataError: a row is wrong; with file, line and field.
     """
     made, identity = _row_tokenizer(run, recipe, tokenizer_folder)
     chosen = _with_sources(run, recipe, "dpo", recipe.dpo.data)
     assert isinstance(chosen, chat.PreferenceDataConfig)
     from_village = not recipe.dpo.data.sources
+    sources.require_licences(chosen.replay, "dpo.data.replay")
     inputs = _row_inputs(identity, (*chosen.sources, *chosen.replay))
     if is_current(run.data("dpo"), inputs, to_plain(chosen)):
         return
     with storage.new_folder(
         run.data("dpo"), kind="dpo", inputs=inputs, config=to_plain(chosen)
     ) as folder:
-        _warn_of_licences((*chosen.sources, *chosen.replay))
         facts = tables.write_preferences(folder, made, chosen, single=from_village)
         storage.manifest_facts(folder, **facts)
     _say_rows(run.data("dpo"), facts)
@@ -374,6 +365,7 @@ def _with_sources(
             "--source PATH"
         )
     sources.refuse_repeated(config.sources)
+    sources.require_licences(config.sources, f"{stage}.data.sources")
     return config
 
 

@@ -14,11 +14,11 @@ from sevenfold.base.errors import BadDataError, UsageError
 from sevenfold.data.rows import read_examples
 from sevenfold.data.sources import (
     SourceConfig,
-    licence_of,
     list_files,
     read_documents,
     read_rows,
     refuse_repeated,
+    require_licences,
     source_from_path,
 )
 
@@ -117,7 +117,19 @@ def test_a_hub_name_is_streamed_with_its_columns_renamed(tmp_path: Path) -> None
     rows = list(read_rows(config))
     assert [row.values["content"] for row in rows] == [row["text"] for row in ROWS[:3]]
     assert rows[2].where == f"{tmp_path}:3"
-    assert licence_of(config) == "CC0-1.0"
+
+
+@pytest.mark.fault("L08")
+@pytest.mark.parametrize("licence", [None, "", " "])
+def test_a_source_without_a_licence_is_refused(tmp_path: Path, licence: str | None) -> None:
+    known = source(tmp_path / "a.jsonl", licence="unknown")
+    require_licences([known, source_from_path(tmp_path / "b.jsonl")], "data.sources")
+    message = (
+        rf"data\.sources: source 's' \({tmp_path}/c\.jsonl\) states no licence; add licence: .*"
+        "or licence: unknown"
+    )
+    with pytest.raises(UsageError, match=message):
+        require_licences([known, source(tmp_path / "c.jsonl", licence=licence)], "data.sources")
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")

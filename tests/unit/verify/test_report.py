@@ -405,6 +405,7 @@ def test_one_file_is_one_document(tmp_path):
     assert "2 documents source text" in text
 
 
+@pytest.mark.fault("L08")
 def test_an_unknown_licence_is_marked(example):
     page, source = page_of(example)
     assert re.search(r'letters.*?<strong class="unknown">', source, re.S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from sevenfold.data.shards import PackConfig, open_shards
 from sevenfold.data.sources import SourceConfig, source_from_path
 from sevenfold.data.tokenizer import TokenizerConfig, load_tokenizer
 from sevenfold.data.village import VillageConfig
+from sevenfold.verify import data_card
 from sevenfold.workflow import prepare, prepared
 
 SHARED = Path(__file__).parents[3].parent / "shared" / "data"
@@ -161,7 +163,8 @@ def test_each_step_names_the_one_before_it(run: Run) -> None:
             step(run, recipe)
 
 
-def test_ones_own_texts_replace_the_village(tmp_path: Path, run: Run, caplog: Any) -> None:
+@pytest.mark.fault("L08")
+def test_ones_own_texts_replace_the_village(tmp_path: Path, run: Run) -> None:
     recipe = make_recipe(village=None)
     path = own_texts(tmp_path)
     download(run, path)
@@ -169,11 +172,11 @@ def test_ones_own_texts_replace_the_village(tmp_path: Path, run: Run, caplog: An
     assert source == {
         "name": "texts",
         "location": str(path),
-        "licence": "unknown",
+        "licence": "unknown (given with --source)",
         "documents": 60,
         "characters": source["characters"],
     }
-    assert "no licence stated; it is recorded as 'unknown'" in caplog.text
+    assert [source.licence for source in data_card.sources(run)] == [""]  # shown as unknown
     prepare.clean(run, recipe)
     prepare.tokenize_and_pack(run, recipe)
     assert facts(run.data("clean"))["documents"]["train"] < 60
@@ -189,6 +192,31 @@ def test_ones_own_texts_replace_the_village(tmp_path: Path, run: Run, caplog: An
     prepare.prepare_sft(run, recipe)
     # LoRA has no sources of its own, so it takes those of SFT.
     assert facts(run.data("lora"))["fingerprint"] == facts(run.data("sft"))["fingerprint"]
+
+
+@pytest.mark.fault("L08")
+def test_no_preparation_takes_a_source_without_a_licence(
+    village: Run, run: Run, tmp_path: Path
+) -> None:
+    shutil.copytree(village.tokenizer, run.tokenizer)
+    nobodys = SourceConfig(name="mine", path=str(own_texts(tmp_path)))
+    recipe = make_recipe(sources=(nobodys,), village=None)
+    with pytest.raises(UsageError, match=r"data\.sources: source 'mine' .*states no licence"):
+        prepare.download(run, recipe)
+    for stage, step in (("sft", prepare.prepare_sft), ("dpo", prepare.prepare_dpo)):
+        section = getattr(recipe, stage)
+        section.data = dataclasses.replace(section.data, sources=(nobodys,))
+        with pytest.raises(UsageError, match=rf"{stage}\.data\.sources: source 'mine' .*states no"):
+            step(run, recipe)
+    stated = dataclasses.replace(nobodys, licence="unknown")
+    recipe.dpo.data = dataclasses.replace(
+        recipe.dpo.data, sources=(stated,), replay=(dataclasses.replace(nobodys, name="again"),)
+    )
+    with pytest.raises(UsageError, match=r"dpo\.data\.replay: source 'again' .*states no"):
+        prepare.prepare_dpo(run, recipe)
+    assert not run.folder.joinpath("data").exists()
+    prepare.download(run, make_recipe(sources=(stated,), village=None))
+    assert facts(run.data("raw"))["sources"][0]["licence"] == "unknown"
 
 
 def test_a_bad_source_leaves_what_was_there(tmp_path: Path, run: Run) -> None:
@@ -308,8 +336,6 @@ def test_a_tokenizer_is_taken_over_without_any_text(tmp_path: Path, run: Run) ->
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets do not lie beside the project")
 def test_real_rows_are_prepared(village: Run, run: Run, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(village.tokenizer, run.tokenizer)
     recipe = make_recipe(village=None)
     dolly = source_from_path(SHARED / "sft" / "dolly_hhrlhf_train_small.jsonl")
