@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+from pathlib import Path
 
 from sevenfold.base import records, storage
 from sevenfold.base.config import fingerprint
+from sevenfold.base.errors import SevenfoldError
+from sevenfold.base.hardware import detect_gpu_type
 from sevenfold.data.packing import PackedPreferences, Preference
 from sevenfold.model import llama
 from sevenfold.objective.next_token import Scorer
@@ -65,21 +69,14 @@ def preference_rows(job: training.Job) -> tuple[PackedPreferences, PackedPrefere
 def refer(job: training.Job, scorer: Scorer, parts: dict[str, PackedPreferences]) -> None:
     """Give every pair the reference model's log-probabilities, computed once and kept.
 
-    The key names everything they depend on: model, data, packing and precision.
+    What is stored under another key, or is damaged, is computed again.
     """
-    key = fingerprint(
-        {
-            "inputs": job.inputs,
-            "row_length": job.config.longest_context,
-            "precision": job.config.precision,
-            "weights": job.config.weights,
-            "seed": job.recipe.seed,
-        }
-    )
+    key = reference_key(job, scorer)
     folder = job.folder / "reference"
-    stored = (folder / storage.MANIFEST).is_file()
-    if stored and storage.read_manifest(folder).get("key") == key:
-        storage.verify_folder(folder)
+    if job.processes.is_main:
+        _set_aside_if_damaged(folder, parts)
+    job.processes.wait()
+    if (folder / storage.MANIFEST).is_file() and storage.read_manifest(folder).get("key") == key:
         for name, rows in parts.items():
             rows.reference_n2 = storage.read_array(folder / f"{name}.npy")
         return
@@ -97,3 +94,47 @@ def refer(job: training.Job, scorer: Scorer, parts: dict[str, PackedPreferences]
             for name, array in scores.items():
                 storage.write_array(new / f"{name}.npy", array)
     job.processes.wait()
+
+
+def reference_key(job: training.Job, scorer: Scorer) -> str:
+    """Return a fingerprint of everything that the reference's log-probabilities depend on.
+
+    Model, data and packing; precision, kernels, compilation, device and the libraries' versions,
+    which change rounding. Not the micro-batch, which may shrink within a run.
+    """
+    versions = records.package_versions()
+    facts = {
+        "inputs": job.inputs,
+        "row_length": job.config.longest_context,
+        "seed": job.recipe.seed,
+        "precision": job.config.precision,
+        "weights": job.config.weights,
+        "deterministic": job.config.deterministic,
+        "compile": job.config.compile,
+        "kernel": scorer.kernel,
+        "liger": job.recipe.kernels.liger,
+        "device": detect_gpu_type()["name"],
+        "processes": job.processes.world,
+        "versions": {name: versions.get(name) for name in ("torch", "torchao", "transformers")},
+    }
+    return fingerprint(facts)
+
+
+def _set_aside_if_damaged(folder: Path, parts: dict[str, PackedPreferences]) -> None:
+    """Move stored log-probabilities out of the way where they are not what was written."""
+    storage.sweep(folder.parent)
+    if not folder.exists():
+        return
+    try:
+        storage.verify_folder(folder)
+        for name in parts:
+            storage.read_array(folder / f"{name}.npy")
+    except (SevenfoldError, OSError, ValueError) as problem:
+        numbers = (n for n in itertools.count(1) if not _damaged(folder, n).exists())
+        aside = _damaged(folder, next(numbers))
+        storage.move_folder(folder, aside)
+        log.warning("%s; set aside as %s, and computed again", problem, aside.name)
+
+
+def _damaged(folder: Path, number: int) -> Path:
+    return folder.with_name(f"{folder.name}.damaged-{number}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.unit.workflow.forked import kill_everywhere
 
 from sevenfold.base import storage
 from sevenfold.base.errors import BadDataError, UsageError
@@ -148,6 +150,53 @@ def test_preparing_elsewhere_gives_the_same_bytes(village: Run, run: Run) -> Non
     for name in ("raw", "clean", "packed", "sft", "lora", "dpo"):
         assert facts(run.data(name))["fingerprint"] == facts(village.data(name))["fingerprint"]
     assert facts(run.tokenizer)["fingerprint"] == facts(village.tokenizer)["fingerprint"]
+
+
+def own_recipe(folder: Path) -> Any:
+    """Return a recipe whose sources are three small files written into ``folder``."""
+    recipe = make_recipe(sources=(source_from_path(own_texts(folder)),), village=None)
+    recipe.tokenizer = dataclasses.replace(recipe.tokenizer, vocab_size=320)
+    asked = [{"question": f"Tom {n}?", "answer": "Yes."} for n in range(20)]
+    pairs = [{"prompt": f"Tom {n}?", "chosen": "Yes.", "rejected": "No."} for n in range(20)]
+    for stage, rows in (("sft", asked), ("dpo", pairs)):
+        path = folder / f"{stage}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        section = getattr(recipe, stage)
+        section.data = dataclasses.replace(section.data, sources=(source_from_path(path),))
+    return recipe
+
+
+STEPS: dict[str, tuple[str, ...]] = {
+    "download": ("data/raw",),
+    "clean": ("data/clean",),
+    "tokenize_and_pack": ("tokenizer", "data/packed"),
+    "prepare_sft": ("data/sft",),
+}
+
+
+@pytest.mark.fault("A04")
+def test_killed_at_any_file_operation_a_step_ends_with_the_same_bytes(
+    run: Run, tmp_path: Path
+) -> None:
+    """Every step in turn, killed at each of its operations, then started again."""
+    recipe = own_recipe(tmp_path)
+    for name, made in STEPS.items():
+        more = [("sft",)] if name == "prepare_sft" else []
+        step = functools.partial(getattr(prepare, name), run, recipe, *more)
+        step()
+        wanted = {folder: facts(run.folder / folder)["fingerprint"] for folder in made}
+
+        def start(made: tuple[str, ...] = made) -> None:
+            for folder in made:
+                shutil.rmtree(run.folder / folder)
+
+        def check(step: Any = step, wanted: dict[str, Any] = wanted) -> None:
+            step()
+            assert {part: facts(run.folder / part)["fingerprint"] for part in wanted} == wanted
+            assert not list(run.folder.rglob(".*.partial-*"))
+
+        assert kill_everywhere(start, check) >= 5, name
+        step()
 
 
 def test_each_step_names_the_one_before_it(run: Run) -> None:

@@ -1,0 +1,231 @@
+"""The reference's log-probabilities: computed once, and again when what they rest on differs."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.unit.workflow.forked import kill_everywhere
+
+from sevenfold.base import records, storage
+from sevenfold.base.errors import UsageError
+from sevenfold.data.packing import PackedPreferences, Preference
+from sevenfold.model.config import LoRAAdapterConfig
+from sevenfold.model.lora import add_adapter
+from sevenfold.objective.next_token import Scorer
+from sevenfold.objective.preference import preference_objective
+from sevenfold.train import parallel
+from sevenfold.workflow import dpo
+from sevenfold.workflow import recipe as recipes
+
+PREFERENCES = [
+    Preference([1, 2, 3], [4, 5], [6, 7, 8]),
+    Preference([9, 2], [4], [5, 5]),
+    Preference([3, 1], [8, 9], []),
+    Preference([7], [1, 2, 3], [3, 2, 1]),
+]
+
+
+def make_scorer(seed: int = 0) -> Scorer:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from sevenfold.model.attention import IMPLEMENTATION, register_attention
+
+    register_attention()
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_implementation=IMPLEMENTATION,
+        initializer_range=0.3,
+    )
+    return Scorer(LlamaForCausalLM(config), kernel="plain")
+
+
+@pytest.fixture(scope="module")
+def scorer() -> Scorer:
+    return make_scorer()
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Any:
+    _, recipe = recipes.resolve()
+    config = dataclasses.replace(recipe.dpo.train, precision="fp32", compile="none", micro_batch=1)
+    return types.SimpleNamespace(
+        folder=tmp_path / "dpo",
+        inputs={"model": "a" * 64, "data": "b" * 64},
+        recipe=recipe,
+        config=config,
+        processes=parallel.join(),
+    )
+
+
+def refer(job: Any, scorer: Scorer) -> PackedPreferences:
+    rows = PackedPreferences(PREFERENCES, 16, pad_id=0, seed=1)
+    held_out = PackedPreferences(PREFERENCES[:1], 16, pad_id=0, seed=1)
+    dpo.refer(job, scorer, {"train": rows, "validation": held_out})
+    return rows
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Notes every time that log-probabilities are computed rather than read."""
+    notes: list[str] = []
+    compute = dpo.reference_scores
+
+    def noted(*arguments: Any, **settings: Any) -> Any:
+        notes.append("computed")
+        return compute(*arguments, **settings)
+
+    monkeypatch.setattr(dpo, "reference_scores", noted)
+    return notes
+
+
+@pytest.mark.fault("I01")
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "adapter"])
+def test_training_starts_at_ln_2_with_margins_of_zero(job: Any, kind: str) -> None:
+    """In the packs that training uses, and from what was stored as from what was computed."""
+    scorer = make_scorer()
+    if kind == "adapter":
+        config = LoRAAdapterConfig(r=4, alpha=8.0, dropout=0.0, targets="all-linear")
+        scorer.model = add_adapter(scorer.model, config)
+    if kind == "bf16":
+        job.config = dataclasses.replace(job.config, precision="bf16")
+    objective = preference_objective(beta=0.1, nll_weight=0.0)
+    for _ in range(2):
+        rows = refer(job, scorer)
+        assert scorer.training
+        assert not any(m.p for m in scorer.modules() if isinstance(m, torch.nn.Dropout))
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "bf16"):
+            summed = objective.total(scorer, rows.batch(np.arange(rows.num_rows), 16))
+        assert float(summed.extras["pairs"]) == 3
+        tolerance = 1e-3 if kind == "bf16" else 1e-6
+        assert float(summed.total.detach()) / 3 == pytest.approx(math.log(2), abs=tolerance)
+        assert float(summed.extras["margin"]) == pytest.approx(0.0, abs=tolerance)
+
+
+@pytest.mark.fault("C19")
+def test_what_was_computed_is_read_again(job: Any, scorer: Scorer, computed: list[str]) -> None:
+    first = refer(job, scorer).reference_n2
+    assert computed == ["computed"] * 2
+    assert first is not None
+    assert np.array_equal(first, refer(job, scorer).reference_n2)
+    assert computed == ["computed"] * 2
+    job.config = dataclasses.replace(job.config, micro_batch=2)
+    refer(job, scorer)
+    assert computed == ["computed"] * 2
+
+
+CHANGES: dict[str, Any] = {
+    "model": lambda job: job.inputs.update(model="c" * 64),
+    "data": lambda job: job.inputs.update(data="c" * 64),
+    "precision": lambda job: change_config(job, precision="bf16"),
+    "compile": lambda job: change_config(job, compile="default"),
+    "deterministic": lambda job: change_config(job, deterministic=not job.config.deterministic),
+}
+
+
+def change_config(job: Any, **changes: Any) -> None:
+    job.config = dataclasses.replace(job.config, **changes)
+
+
+@pytest.mark.fault("C19")
+@pytest.mark.parametrize("name", CHANGES)
+def test_anything_else_than_before_is_computed_anew(
+    job: Any, scorer: Scorer, computed: list[str], name: str
+) -> None:
+    refer(job, scorer)
+    CHANGES[name](job)
+    refer(job, scorer)
+    assert computed == ["computed"] * 4
+
+
+@pytest.mark.fault("C19")
+def test_other_kernels_versions_or_devices_give_other_numbers(
+    job: Any, scorer: Scorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [dpo.reference_key(job, scorer)]
+    keys.append(dpo.reference_key(job, Scorer(scorer.model, kernel="chunked")))
+    monkeypatch.setattr(records, "package_versions", lambda: {"torch": "9.9"})
+    keys.append(dpo.reference_key(job, scorer))
+    monkeypatch.setattr(dpo, "detect_gpu_type", lambda: {"name": "NVIDIA H100"})
+    keys.append(dpo.reference_key(job, scorer))
+    assert len(set(keys)) == 4
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, Any] = {
+    "bit": lambda folder: flip(folder / "train.npy"),
+    "cut": lambda folder: (folder / "train.npy").write_bytes(b""),
+    "missing": lambda folder: (folder / "validation.npy").unlink(),
+    "manifest": lambda folder: (folder / storage.MANIFEST).write_text("{"),
+    "no_manifest": lambda folder: (folder / storage.MANIFEST).unlink(),
+}
+
+
+@pytest.mark.fault("C19", "L01")
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_log_probabilities_are_set_aside_and_computed_again(
+    job: Any, scorer: Scorer, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = refer(job, scorer).reference_n2
+    for number in (1, 2):
+        DAMAGES[damage](job.folder / "reference")
+        with caplog.at_level(logging.WARNING):
+            again = refer(job, scorer).reference_n2
+        assert np.array_equal(first, again)
+        assert f"set aside as reference.damaged-{number}, and computed again" in caplog.text
+        assert (job.folder / f"reference.damaged-{number}").is_dir()
+    storage.verify_folder(job.folder / "reference")
+
+
+@pytest.mark.fault("A04")
+def test_killed_at_any_file_operation_the_log_probabilities_end_the_same(
+    job: Any, scorer: Scorer
+) -> None:
+    expected = refer(job, scorer).reference_n2
+    whole = storage.verify_folder(job.folder / "reference")["fingerprint"]
+
+    def start() -> None:
+        storage.remove_folder(job.folder / "reference")
+
+    def check() -> None:
+        rows = refer(job, scorer)
+        assert rows.reference_n2 is not None
+        assert np.array_equal(rows.reference_n2, expected)
+        assert storage.verify_folder(job.folder / "reference")["fingerprint"] == whole
+        assert [path.name for path in job.folder.iterdir()] == ["reference"]
+
+    assert kill_everywhere(start, check) > 10
+
+
+@pytest.mark.fault("I05")
+@pytest.mark.parametrize("beta", ["0", "-0.1", ".nan", ".inf"])
+def test_an_impossible_beta_is_refused(beta: str) -> None:
+    with pytest.raises(UsageError, match=r"dpo\.beta.*(greater than 0|finite number)"):
+        recipes.resolve(overrides=[f"dpo.beta={beta}"])
+
+
+@pytest.mark.fault("I06")
+def test_the_reference_cannot_be_another_model_than_the_one_trained() -> None:
+    """There is no setting for it: it is the model that the stage starts from."""
+    with pytest.raises(UsageError, match=r"dpo\.reference: unknown key"):
+        recipes.resolve(overrides=["dpo.reference=other"])
+    fields = {field.name for field in dataclasses.fields(recipes.DPOConfig)}
+    assert fields == {"data", "beta", "nll_weight", "train"}
