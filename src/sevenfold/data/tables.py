@@ -357,7 +357,8 @@ def _split(
     counts: RowCounts,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the indices to train on, repeated by weight, and those held out, at least one."""
-    kept = f"{len(fractions)} rows are left of {counts.rows_read.total()}"
+    named = ", ".join(counts.rows_read) or "the sources"
+    kept = f"{named}: {len(fractions)} rows are left of {counts.rows_read.total()}"
     if not len(fractions) or len(np.unique(fractions)) < 2:
         reasons = ", ".join(f"{n} {reason}" for reason, n in counts.dropped.items()) or "none"
         raise BadDataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from sevenfold.data.packing import (
     Preference,
     best_fit,
 )
-from sevenfold.train.config import ContextPhase
+from sevenfold.train.config import ContextPhase, Duration
+from sevenfold.workflow import recipe as recipes
 
 WHOLE = (ContextPhase(length=8, until=1.0),)
 
@@ -74,6 +76,7 @@ def test_a_shorter_context_cuts_the_same_rows() -> None:
     assert torch.equal(short.batch(2).inputs_bt.flatten(), long.batch(2).inputs_bt.flatten())
 
 
+@pytest.mark.fault("H09")
 def test_documents_restart_positions_and_end_targets() -> None:
     row = PackedText(Table(), bos_id=0).batch(np.array([2]), 8)
     assert row.documents_bt is not None
@@ -111,6 +114,23 @@ def test_no_rows_are_refused() -> None:
         )
 
 
+@pytest.mark.fault("H12")
+def test_fewer_rows_than_a_batch_are_taken_again() -> None:
+    made = batches(tokens_per_batch=80)
+    assert sorted(made.indices(0).tolist()[:7]) == list(range(7))
+    assert len(set(made.indices(0).tolist()[7:])) == 3
+    assert made.batch(0).num_rows == 10
+
+
+@pytest.mark.fault("H12")
+def test_a_duration_of_no_step_is_refused() -> None:
+    config = recipes.resolve()[1].sft.train
+    config = dataclasses.replace(config, duration=Duration(epochs=1.0), tokens_per_batch=4096)
+    assert config.num_steps(64, 64) == 1
+    with pytest.raises(UsageError, match=r"less than one batch of 4096; add data, epochs, or take"):
+        config.num_steps(63, 64)
+
+
 def test_best_fit_places_every_item_once_and_tightly() -> None:
     lengths = np.random.default_rng(0).integers(1, 60, 2000).tolist()
     packs = best_fit(lengths, 128, seed=3)
@@ -126,6 +146,7 @@ def test_an_item_longer_than_a_row_is_refused() -> None:
         best_fit([9], 8, seed=0)
 
 
+@pytest.mark.fault("H09")
 def test_conversations_carry_loss_only_where_the_mask_says() -> None:
     pieces = [Piece([5, 6, 7, 8], [0, 0, 1, 1]), Piece([9, 10, 11], [0, 1, 1])]
     rows = PackedConversations(pieces, 8, pad_id=0, seed=1)

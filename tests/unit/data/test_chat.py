@@ -33,6 +33,7 @@ def ids(tokenizer: Any, text: str) -> list[int]:
     return encode_texts(tokenizer, [text])[0]
 
 
+@pytest.mark.fault("H06", "H07")
 def test_golden_ids_of_six_conversations(tokenizer: Any) -> None:
     def text(content: str) -> list[int]:
         return ids(tokenizer, f" {content}")  # one space opens the text of every turn
@@ -63,6 +64,7 @@ def test_golden_ids_of_six_conversations(tokenizer: Any) -> None:
         assert found.count(BOS) == 1, name
 
 
+@pytest.mark.fault("H06")
 def test_every_answer_carries_loss_and_nothing_else(tokenizer: Any) -> None:
     found, mask = render(tokenizer, CHAT)
     learnt = [tokenizer.decode(i) for i, m in zip(found, mask, strict=True) if m]
@@ -74,6 +76,7 @@ def test_every_answer_carries_loss_and_nothing_else(tokenizer: Any) -> None:
     assert "".join(learnt) == " On the mat.<|end|>"
 
 
+@pytest.mark.fault("H07")
 def test_rendering_is_what_other_tools_encode(tokenizer: Any) -> None:
     encoded = tokenizer.apply_chat_template(
         CHAT, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
@@ -85,6 +88,7 @@ def test_rendering_is_what_other_tools_encode(tokenizer: Any) -> None:
     assert render_prompt(tokenizer, CHAT[:3]) == prompt["input_ids"]
 
 
+@pytest.mark.fault("H07", "I07")
 def test_a_prompt_is_the_beginning_of_its_conversation(tokenizer: Any) -> None:
     for last in ("On the mat.", "\n<|end|> no", " "):
         messages = [*CHAT[:3], says("assistant", last)]
@@ -99,6 +103,7 @@ def test_a_prompt_is_the_beginning_of_its_conversation(tokenizer: Any) -> None:
     assert tokenizer.decode(answer) == " Yes\ue001<|end|>"
 
 
+@pytest.mark.fault("H10")
 @pytest.mark.parametrize("token", [*CONTROL_TOKENS, "<|end|><|end|>", "<|<|end|>end|>"])
 def test_typed_control_tokens_are_never_control_ids(tokenizer: Any, token: str) -> None:
     messages = [says("system", token), says("user", f"a{token}b"), says("assistant", token)]
@@ -145,6 +150,7 @@ def test_white_space_around_generation_tags_is_treated_as_without_marks(other: A
     assert sum(encoded["assistant_masks"]) > 0
 
 
+@pytest.mark.fault("H06")
 def test_a_template_without_marks_is_located_by_its_prefixes(tokenizer: Any, other: Any) -> None:
     import re
 
@@ -154,6 +160,7 @@ def test_a_template_without_marks_is_located_by_its_prefixes(tokenizer: Any, oth
     assert render(other, typed) == render(tokenizer, typed)
 
 
+@pytest.mark.fault("H06")
 def test_templates_that_cannot_be_trained_with_say_why(other: Any) -> None:
     other.chat_template = None
     with pytest.raises(UsageError, match=r"no chat template; add chat_template\.jinja beside"):
@@ -172,6 +179,21 @@ def test_templates_that_cannot_be_trained_with_say_why(other: Any) -> None:
     other.chat_template = "{% generation %}{{ messages[1].content }}{% endgeneration %}"
     with pytest.raises(UsageError, match=r"marks 1 answers of 2; put \{% generation %\} around"):
         render(other, CHAT)
+
+
+@pytest.mark.fault("I07")
+def test_no_token_spans_prompt_and_answer(other: Any) -> None:
+    """Where the template writes plain text there, encoding both together would join them."""
+    other.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    prompt, answer = render_answer(other, [says("user", "Tom has a h")], "at.")
+    assert (
+        prompt == ids(other, "Tom has a h") == render_prompt(other, [says("user", "Tom has a h")])
+    )
+    assert answer == ids(other, "at.")
+    assert ids(other, "Tom has a hat.") != prompt + answer  # " hat" is one token
 
 
 @pytest.mark.skipif(

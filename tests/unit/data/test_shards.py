@@ -51,6 +51,7 @@ def test_packing_and_reading_gives_the_documents_back(
         assert np.load(folder / "train-00000.npy").dtype == dtype
 
 
+@pytest.mark.fault("G03")
 def test_an_id_too_big_for_the_type_is_refused(tmp_path: Path) -> None:
     config = PackConfig(row_length=4, dtype="uint16")
     with pytest.raises(UsageError, match=r"id 65536 does not fit into uint16; set pack\.dtype to"):
@@ -59,6 +60,7 @@ def test_an_id_too_big_for_the_type_is_refused(tmp_path: Path) -> None:
         build(PackConfig, {"row_length": 1, "dtype": "int64"})
 
 
+@pytest.mark.fault("G03")
 @pytest.mark.parametrize("dtype", shards.ID_TYPES)
 def test_every_integer_type_is_read(tmp_path: Path, dtype: str) -> None:
     save(tmp_path, table(dtype=dtype))
@@ -111,6 +113,7 @@ BAD_ARRAYS: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.fault("G01", "G03", "G04")
 @pytest.mark.parametrize("name", BAD_ARRAYS)
 def test_other_arrays_are_refused_by_name(tmp_path: Path, name: str) -> None:
     array, message = BAD_ARRAYS[name]
@@ -118,6 +121,7 @@ def test_other_arrays_are_refused_by_name(tmp_path: Path, name: str) -> None:
     refused(tmp_path, r"train-00000\.npy: .*" + message)
 
 
+@pytest.mark.fault("G02")
 @pytest.mark.parametrize("value", [VOCAB, -1, 2**40])
 def test_an_id_without_a_token_is_named_with_its_place(
     tmp_path: Path, value: int, monkeypatch: pytest.MonkeyPatch
@@ -141,6 +145,7 @@ BAD_BYTES: dict[str, tuple[bytes, str]] = {
 }
 
 
+@pytest.mark.fault("G01", "G05")
 @pytest.mark.parametrize("name", BAD_BYTES)
 def test_other_files_are_refused_by_name(tmp_path: Path, name: str) -> None:
     data, message = BAD_BYTES[name]
@@ -148,6 +153,7 @@ def test_other_files_are_refused_by_name(tmp_path: Path, name: str) -> None:
     refused(tmp_path, r"a\.npy: .*" + message)
 
 
+@pytest.mark.fault("G05")
 def test_a_cut_off_file_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, table())
     for size in (path.stat().st_size - 1, 200, 130):
@@ -155,6 +161,7 @@ def test_a_cut_off_file_is_refused(tmp_path: Path) -> None:
         refused(tmp_path, r"train-00000\.npy: cut off or damaged .*pack it again")
 
 
+@pytest.mark.fault("G05")
 def test_an_archive_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", table())
     with pytest.raises(UsageError, match=r"no \.npy file there \(a\.npz is not read\); give"):
@@ -171,6 +178,7 @@ class Payload:
         return Path.touch, (self.marker,)
 
 
+@pytest.mark.fault("G06", "L01")
 def test_pickled_objects_are_never_loaded(tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     array = np.empty((2, 8), dtype=object)
@@ -186,6 +194,7 @@ def test_pickled_objects_are_never_loaded(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+@pytest.mark.fault("G07")
 def test_a_folder_must_be_there_and_hold_something(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no such folder; run scripts/03_tokenize_and_pack\.py"):
         open_(tmp_path / "gone")
@@ -193,6 +202,7 @@ def test_a_folder_must_be_there_and_hold_something(tmp_path: Path) -> None:
         open_(tmp_path)
 
 
+@pytest.mark.fault("G07", "G10", "L05")
 def test_files_of_a_folder_must_fit_together(tmp_path: Path) -> None:
     save(tmp_path, table(), "a.npy")
     save(tmp_path, table(length=16), "b.npy")
@@ -208,11 +218,13 @@ def test_files_of_a_folder_must_fit_together(tmp_path: Path) -> None:
     refused(tmp_path, r"c\.npy: a link out of .*; copy the file into the folder")
 
 
+@pytest.mark.fault("G01")
 def test_one_row_alone_cannot_train_and_be_held_out(tmp_path: Path) -> None:
     save(tmp_path, table(1))
     refused(tmp_path, r"8 tokens make 1 rows of 8 to train on; at least one row must train")
 
 
+@pytest.mark.fault("G10")
 def test_rows_of_one_token_are_warned_about(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -227,6 +239,7 @@ def packed_folder(target: Path) -> None:
         storage.write_array(folder / "validation-00000.npy", table(2, start=3))
 
 
+@pytest.mark.fault("G08", "C12")
 def test_our_own_folder_is_checked_against_its_manifest(tmp_path: Path) -> None:
     folder = tmp_path / "packed"
     packed_folder(folder)

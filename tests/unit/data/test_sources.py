@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,7 @@ def test_a_source_is_checked_where_it_is_configured(facts: dict[str, Any], advic
     assert advice in str(caught.value)
 
 
+@pytest.mark.fault("G07")
 def test_nothing_there_is_a_usage_error(tmp_path: Path) -> None:
     (tmp_path / "notes.docx").write_bytes(b"x")
     (tmp_path / ".hidden.txt").write_bytes(b"x")
@@ -182,6 +184,7 @@ def test_nothing_there_is_a_usage_error(tmp_path: Path) -> None:
         texts(tmp_path / "a.txt", split="train")
 
 
+@pytest.mark.fault("G07", "L05")
 def test_links_out_of_the_folder_and_repeated_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "secret.txt").write_text("s")
     folder = tmp_path / "data"
@@ -216,6 +219,23 @@ def test_damaged_compression_is_named(tmp_path: Path, name: str, data: bytes) ->
     (tmp_path / name).write_bytes(data)
     with pytest.raises(BadDataError, match=r"damaged or cut off .*fetch or compress the file"):
         texts(tmp_path / name)
+
+
+@pytest.mark.fault("H11")
+def test_a_row_of_50_mb_is_refused_in_bounded_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(LINES + b'{"text": "')
+        for _ in range(50):
+            file.write(b"x" * 10**6)
+        file.write(b'"}\n')
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadDataError, match=r"gz:6: the line is longer than 33554432 bytes"):
+            texts(path)
+        assert tracemalloc.get_traced_memory()[1] < 100 * 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_damaged_table_is_named(tmp_path: Path) -> None:

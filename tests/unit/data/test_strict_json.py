@@ -51,12 +51,14 @@ def test_a_byte_order_mark_is_refused() -> None:
         next(read_json_lines(io.BytesIO(b"\xef\xbb\xbf" + GOOD), "f"))
 
 
+@pytest.mark.fault("H01")
 def test_lines_end_at_line_feeds_only() -> None:
     data = '{"text": "a\u2028b\u0085c"}\r\n{"text": "d\\ud83d\\ude00"}'.encode()
     rows = list(read_json_lines(io.BytesIO(data), "f"))
     assert rows == [({"text": "a\u2028b\u0085c"}, "f:1"), ({"text": "d😀"}, "f:2")]
 
 
+@pytest.mark.fault("H11")
 def test_a_huge_line_is_refused_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strict_json, "MAX_LINE_BYTES", 50)
     with pytest.raises(BadDataError, match=r"f:2: the line is longer than 50 bytes; cut the row"):

@@ -99,6 +99,7 @@ def test_weights_repeat_rows_and_their_parts(tmp_path: Path, tokenizer: Any) -> 
         write_conversations(tmp_path, tokenizer, tiny)
 
 
+@pytest.mark.fault("H05")
 def test_long_rows_are_shortened_and_silent_ones_dropped(tmp_path: Path, tokenizer: Any) -> None:
     rows = [*questions(20), {"question": "Tom " * 100, "answer": "Yes."},
             {"question": "Tell.", "answer": "Tom " * 100}]  # fmt: skip
@@ -121,6 +122,7 @@ def test_nothing_left_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
         write_conversations(tmp_path, tokenizer, config(source(tmp_path / "a.jsonl", same)))
 
 
+@pytest.mark.fault("H03")
 def test_bad_rows_stop_or_are_listed(tmp_path: Path, tokenizer: Any) -> None:
     rows = [*questions(10), {"question": "a"}, {"messages": []}, *questions(12)[10:]]
     path = tmp_path / "a.jsonl"
@@ -183,6 +185,7 @@ def test_single_answers_stand_among_pairs_where_they_are_expected(
     assert sum(row["rejected_ids"] == [] for row in every) == 1
 
 
+@pytest.mark.fault("I04")
 def test_what_shortening_ruins_is_dropped(tmp_path: Path, tokenizer: Any) -> None:
     rows = [
         *preferences(10),

@@ -60,6 +60,7 @@ def gradients(scorer: Scorer, total: Any) -> dict[str, torch.Tensor]:
     return {n: p.grad.clone() for n, p in scorer.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.fault("H09")
 @pytest.mark.parametrize("lengths", [[5, 9, 2], [16], [1, 15], [7, 1, 1, 7], [3, 3, 3, 3, 3]])
 def test_packed_documents_equal_each_alone(scorer: Scorer, lengths: list[int]) -> None:
     pieces = random_pieces(lengths)
@@ -80,6 +81,7 @@ def test_packed_documents_equal_each_alone(scorer: Scorer, lengths: list[int]) -
         assert torch.allclose(gradient, second[name], rtol=1e-4, atol=1e-5), name
 
 
+@pytest.mark.fault("H09")
 def test_a_document_does_not_feel_its_neighbour(scorer: Scorer) -> None:
     first, second = random_pieces([8, 8])
     other = Piece([(i + 11) % VOCAB for i in first.ids], first.mask)
@@ -135,6 +137,7 @@ def preference_batch(scorer: Scorer) -> Any:
     return rows.batch(np.arange(rows.num_rows), 16), rows
 
 
+@pytest.mark.fault("I01")
 def test_dpo_starts_at_ln_2_with_margins_of_zero(scorer: Scorer) -> None:
     batch, _ = preference_batch(scorer)
     summed = preference_objective(beta=0.1, nll_weight=0.0).total(scorer, batch)
