@@ -353,7 +353,8 @@ class JsonLines:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Append one object; numbers that are not finite become null."""
-        clean = {k: None if _is_infinite(v) else v for k, v in row.items()}
+        finite = {k: not isinstance(v, float) or math.isfinite(v) for k, v in row.items()}
+        clean = {k: v if finite[k] else None for k, v in row.items()}
         with _changing(self.path):
             disk.write(self.path, json.dumps(clean, allow_nan=False).encode() + b"\n", append=True)
 
@@ -362,10 +363,6 @@ class JsonLines:
         if self.path.exists():
             rows = [row for row in self.read() if row.get("step", 0) <= last_step]
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _is_infinite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
 
 
 @contextlib.contextmanager

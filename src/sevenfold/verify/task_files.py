@@ -11,7 +11,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, BinaryIO, cast
 
 from sevenfold.base.config import fingerprint
 from sevenfold.base.errors import BadDataError, UsageError
@@ -80,7 +80,7 @@ def _archive_rows(path: Path) -> Iterator[Rows]:
 def _member_rows(
     path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo
 ) -> Iterator[tuple[Row, str]]:
-    file = cast("IO[bytes]", archive.extractfile(member))  # None only for what is no file
+    file = cast("BinaryIO", archive.extractfile(member))  # None only for what is no file
     with _unpacking(path):
         yield from read_json_lines(file, f"{path}:{member.name}")
 
