@@ -13,13 +13,12 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from sevenfold.base import faults
 from sevenfold.base.errors import DivergedError, MemoryExhaustedError, StoppedError
 from sevenfold.base.hardware import OOMHandler, peak_memory_gib, release_memory
 from sevenfold.base.storage import JsonLines
 from sevenfold.data.batches import Batch, Batches
 from sevenfold.objective.next_token import Objective, Scorer
-from sevenfold.train import checkpoint, optimizer, parallel, resuming
+from sevenfold.train import checkpoint, launch, optimizer, parallel, resuming
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.recovery import Decisions, RollBack, StepGuard, StopRequest, stop_on_signal
 from sevenfold.train.schedule import learning_rate
@@ -127,7 +126,7 @@ def _train(bench: Workbench, stop: StopRequest) -> None:
     config = bench.config
     for batch in bench.batches.prefetch(bench.step):
         started = time.perf_counter()
-        faults.at_step(bench.step + 1, "load")
+        launch.at_phase(bench.step + 1, "load")
         bench.checkpoints.check()
         length = bench.batches.length(bench.step)
         row = train_step(bench, batch, length, stop)
@@ -168,7 +167,7 @@ def train_step(bench: Workbench, batch: Batch, length: int, stop: StopRequest) -
     sums = _fitting(bench, bench.step, length, lambda: _accumulate(bench, batch, length, weight))
     parameters = list(bench.trained.values())
     norm, grad_norm = optimizer.gradient_norm(parameters)
-    faults.at_step(bench.step + 1, "clip")
+    launch.at_phase(bench.step + 1, "clip")
     row = {"loss": sums.pop("total") / max(weight, 1.0), "grad_norm": grad_norm, "lr": rate}
     if weight:
         problem = bench.guard.judge(row["loss"], grad_norm, seq_len=length)
@@ -203,7 +202,7 @@ def _fitting(bench: Workbench, step: int, length: int, compute: Callable[[], T])
         bench.decisions.save()
         event = {"event": "oom", "micro_batch": bench.memory.micro_batch, "seq_len": length}
         _note(bench, step + 1, event)
-        parallel.start_again_if_several(bench.processes, bench.memory.micro_batch)
+        launch.start_again_if_several(bench.processes, bench.memory.micro_batch)
         checkpoint.restore_random_state(random)
         bench.optimizer.zero_grad(set_to_none=True)
         release_memory()
@@ -218,10 +217,10 @@ def _accumulate(bench: Workbench, batch: Batch, length: int, weight: float) -> d
     rows = bench.memory.micro_batch * bench.config.longest_context // length
     sums: dict[str, Tensor] = {}
     for micro_batch in batch.split(rows):
-        asked = faults.at_step(bench.step + 1, "forward")
+        asked = launch.at_phase(bench.step + 1, "forward")
         with bench.autocast():
             summed = bench.objective.total(bench.scorer, micro_batch.to(bench.processes.device))
-        if "oom" in asked | faults.at_step(bench.step + 1, "backward"):
+        if "oom" in asked | launch.at_phase(bench.step + 1, "backward"):
             raise torch.OutOfMemoryError("injected")
         total = summed.total * (float("nan") if "nan" in asked else 10 if "spike" in asked else 1)
         (total * (world / max(weight, 1.0))).backward()
@@ -237,7 +236,7 @@ def _update(bench: Workbench) -> None:
     Errors:
         MemoryExhaustedError: the update is half applied, so it can neither go on nor be repeated.
     """
-    asked = faults.at_step(bench.step + 1, "optimizer")
+    asked = launch.at_phase(bench.step + 1, "optimizer")
     bench.checkpoints.wait_until_copied()
     try:
         if "oom" in asked:
@@ -324,7 +323,7 @@ def _report(bench: Workbench, row: dict[str, float], length: int, spent_s: float
     if bench.peak_flops:
         full["mfu"] = rate * bench.flops_per_token(length) / bench.peak_flops
     if bench.processes.is_main:
-        faults.at_step(bench.step, "log")
+        launch.at_phase(bench.step, "log")
         bench.metrics.append(full)
         bench.progress.update(full)
     bench.last = full
@@ -342,7 +341,7 @@ def validation_loss(bench: Workbench) -> float:
 @torch.no_grad()
 def _validate(bench: Workbench) -> list[float]:
     """Return the summed loss of the held-out batches, and their weight."""
-    asked = faults.at_step(bench.step, "evaluate")
+    asked = launch.at_phase(bench.step, "evaluate")
     total, weight = 0.0, 0.0
     for batch in bench.validation:
         for micro_batch in batch.split(bench.memory.micro_batch):
@@ -361,7 +360,7 @@ def save(bench: Workbench, *, held_out_loss: float | None = None) -> None:
     Errors:
         RollBack: a weight is not finite; such weights are never saved.
     """
-    faults.at_step(bench.step, "save")
+    launch.at_phase(bench.step, "save")
     if bad := _not_finite(bench, bench.trained):
         raise RollBack(f"weight {bad[0]} is not finite", step=bench.step)
     model = trained_state(bench)

@@ -1,33 +1,19 @@
-"""Several processes, one GPU each: start, shard with FSDP2, sum, gather."""
+"""Several processes, one GPU each: join, shard with FSDP2, sum, gather."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
-import math
+import hashlib
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-from types import FrameType
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sevenfold.base.errors import SevenfoldError
 from sevenfold.base.hardware import training_device
 from sevenfold.train import optimizer as optimizers
-
-# How long the other processes have to save or give up after one has failed.
-GRACE_S = 60.0
-# Processes that are to start again wait in an exchange: nothing but a checkpoint can be under way.
-START_AGAIN_S = 30.0
-
-log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,99 +42,27 @@ class Processes:
         if self.world > 1:
             dist.barrier()
 
+    def first_difference(self, facts: Mapping[str, str]) -> str | None:
+        """Return the first of these facts that is not the same in all processes, None if none."""
+        if self.world == 1:
+            return None
+        names = sorted(facts)
+        if self._differ([_number(repr(names))])[0]:
+            return "the settings there are"
+        values = self._differ([_number(facts[name]) for name in names])
+        return next((name for name, differs in zip(names, values, strict=True) if differs), None)
 
-def num_processes_to_start() -> int:
-    """Processes a training script should start: one per visible GPU, unless started already."""
-    if "WORLD_SIZE" in os.environ or not torch.cuda.is_available():
-        return 1
-    return torch.cuda.device_count()
-
-
-class StartAgainError(SevenfoldError):
-    """All processes have to start again together, from the last checkpoint."""
-
-    exit_code = 76
-
-
-def start_again_if_several(processes: Processes, micro_batch: int) -> None:
-    """End this process if it is one of several, which cannot do a step again on its own.
-
-    The others wait in the middle of an exchange that this one has left. Each starts again from
-    the last checkpoint and finds the smaller micro-batch, and from which step on, in
-    ``recovery.json``.
-
-    Errors:
-        StartAgainError: there are several processes.
-    """
-    if processes.world > 1:
-        raise StartAgainError(
-            f"process {processes.rank} of {processes.world} ran out of memory; all start again "
-            f"from the last checkpoint, from this step on with micro-batch {micro_batch}: under "
-            "torchrun, run the same command again"
-        )
+    def _differ(self, values: list[float]) -> list[bool]:
+        highest = torch.tensor(values, dtype=torch.float64, device=self.device)
+        lowest = highest.clone()
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        dist.all_reduce(lowest, dist.ReduceOp.MIN)
+        return [bool(differs) for differs in highest != lowest]
 
 
-def launch(arguments: list[str], num_processes: int) -> int:
-    """Run ``python arguments`` once per process on this host; return 0 or the first bad exit code.
-
-    When one process fails, the others are asked to stop, and ended after a grace. SIGTERM is
-    passed on to all of them. They are started anew as often as one of them asks for that.
-    """
-    while (code := _launch_once(arguments, num_processes)) == StartAgainError.exit_code:
-        log.warning("starting all %d processes again", num_processes)
-    return code
-
-
-def _launch_once(arguments: list[str], num_processes: int) -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(num_processes),
-    }
-    children = [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(num_processes)
-    ]
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        for child in children:
-            child.send_signal(number)
-
-    previous = signal.signal(signal.SIGTERM, pass_on)
-    try:
-        return _first_failure(children)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        for child in children:
-            child.kill()
-            child.wait()
-
-
-def _first_failure(children: list[subprocess.Popen[bytes]]) -> int:
-    """Wait for all processes, or for one to fail and then for the others as long as is fair."""
-    failure, deadline_s = 0, math.inf
-    while time.monotonic() < deadline_s:
-        codes = [child.poll() for child in children]
-        if None not in codes:
-            break
-        if any(codes) and not failure:
-            failure = next(code for code in codes if code)
-            patience_s = START_AGAIN_S if failure == StartAgainError.exit_code else GRACE_S
-            deadline_s = time.monotonic() + patience_s
-            for child in children:
-                child.terminate()
-        time.sleep(0.1)
-    ended = [child.returncode for child in children if child.returncode]
-    if StartAgainError.exit_code in ended:
-        return StartAgainError.exit_code
-    return failure or next(iter(ended), 0)
+def _number(text: str) -> float:
+    """Return 48 bits of a text's SHA-256, a whole number that a double holds exactly."""
+    return float(int(hashlib.sha256(text.encode()).hexdigest()[:12], 16))
 
 
 def join() -> Processes:

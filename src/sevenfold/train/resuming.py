@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from sevenfold.base.errors import CheckpointError
+from sevenfold.base.errors import CheckpointError, UsageError
 from sevenfold.train import checkpoint, parallel
 from sevenfold.train.config import HARMLESS
 
@@ -28,7 +28,9 @@ def resume(bench: Workbench, *, force: str | None = None) -> bool:
 
     Errors:
         CheckpointError: it was written with other inputs or settings, or for another model.
+        UsageError: the processes were not all started with the same.
     """
+    _require_same_job(bench)
     snapshot = latest(bench)
     if snapshot is None:
         if bench.processes.is_main:
@@ -58,6 +60,17 @@ def resume(bench: Workbench, *, force: str | None = None) -> bool:
         bench.metrics.rewind(bench.step)
         bench.metrics.append(event)
     return True
+
+
+def _require_same_job(bench: Workbench) -> None:
+    """Refuse processes that were started with other inputs, settings or code than each other."""
+    sections = {**bench.identity, "program": bench.program}
+    facts = {f"{s}.{name}": repr(v) for s, fields in sections.items() for name, v in fields.items()}
+    if name := bench.processes.first_difference(facts):
+        raise UsageError(
+            f"{bench.stage}: {name} is not the same in all {bench.processes.world} processes (here "
+            f"{facts.get(name, sorted(facts))}); start them all with the same files and flags"
+        )
 
 
 def latest(bench: Workbench) -> checkpoint.Snapshot | None:

@@ -197,14 +197,14 @@ def _on_all_gpus(run: Run, arguments: list[str]) -> bool:
     Errors:
         SevenfoldError: the processes ended with an error, which they have printed themselves.
     """
-    from sevenfold.train import parallel
+    from sevenfold.train import launch
 
-    num_processes = parallel.num_processes_to_start()
+    num_processes = launch.num_processes_to_start()
     if num_processes == 1:
         return False
     os.environ[LOCK_HELD_VARIABLE] = str(run.folder.resolve())
     module = ["-m", "sevenfold.workflow.cli"]
-    code = parallel.launch([*module, *arguments, "--run", str(run.folder)], num_processes)
+    code = launch.launch([*module, *arguments, "--run", str(run.folder)], num_processes)
     if code:
         kinds = {kind.exit_code: kind for kind in SevenfoldError.__subclasses__()}
         raise kinds.get(code, SevenfoldError)(

@@ -1,25 +1,33 @@
-"""Trains the tiny model of test_loop in the processes that torchrun started; writes its losses."""
+"""Trains the tiny model of test_loop in the processes that were started; writes its losses."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 from tests.unit.train.test_loop import CONFIG, bench
 
+from sevenfold.base import faults
+from sevenfold.base.errors import SevenfoldError
 from sevenfold.data.batches import Batches
 from sevenfold.train import loop, optimizer, parallel, resuming
-from sevenfold.train.parallel import shard
 
 
-def main(folder: Path) -> None:
-    """Train to the end, going on from a checkpoint where there is one."""
+def main(folder: Path, micro_batch: int, odd_rank: int) -> None:
+    """Train to the end, going on from a checkpoint where there is one.
+
+    ``odd_rank`` is the process that is started with other data than the rest, -1 for none.
+    """
     processes = parallel.join()
-    config = dataclasses.replace(CONFIG, micro_batch=1)
+    if (folder / "recovery.json").exists():
+        os.environ.pop(faults.VARIABLE, None)  # memory that is enough now does not run out again
+    config = dataclasses.replace(CONFIG, micro_batch=micro_batch)
     made = bench(folder, config=config, dropout=0.0, resume=False)
-    shard(made.scorer, list(made.scorer.causal_model.model.layers), processes, bf16=False)
+    layers = list(made.scorer.causal_model.model.layers)
+    parallel.shard(made.scorer, layers, processes, bf16=False)
     made.processes = processes
     made.optimizer = optimizer.make_optimizer(made.scorer, config.optimizer)
     rows = made.batches.source
@@ -33,9 +41,15 @@ def main(folder: Path) -> None:
         world=processes.world,
     )
     made.validation = [rows.batch(np.arange(4), 32).rows(processes.rank, 4, processes.world)]
+    if processes.rank == odd_rank:
+        made.identity = {**made.identity, "inputs": {"data": "other"}}
     resuming.resume(made)
     loop.fit(made)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    try:
+        main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    except SevenfoldError as error:
+        sys.stderr.write(f"{error}\n")
+        os._exit(error.exit_code)  # without waiting for the others' part of an exchange

@@ -1,28 +1,39 @@
-"""Two gloo processes with FSDP2 train the same model as one."""
+"""Two gloo processes with FSDP2 train the same model as one, whatever happens to one of them."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from sevenfold.base.errors import SevenfoldError, UsageError
 from sevenfold.base.storage import JsonLines
-from sevenfold.train.parallel import launch
+from sevenfold.train.launch import launch
 
 REPOSITORY = Path(__file__).parents[3]
 
 
-def train(folder: Path, num_processes: int) -> list[float]:
+def train(folder: Path, num_processes: int, *, micro_batch: int = 1, odd_rank: int = -1) -> int:
+    """Train in so many processes; return the exit code."""
     arguments = ["-m", "tests.unit.train.several_processes", str(folder)]
+    arguments += [str(micro_batch), str(odd_rank)]
     if num_processes == 1:
-        subprocess.run([sys.executable, *arguments], check=True, timeout=300)
-    else:
-        assert launch(arguments, num_processes) == 0
+        return subprocess.run([sys.executable, *arguments], check=False, timeout=300).returncode
+    return launch(arguments, num_processes)
+
+
+def losses(folder: Path) -> list[float]:
     rows = JsonLines(folder / "metrics.jsonl").read()
     return [row["loss"] for row in rows if "event" not in row]
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +41,20 @@ def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     """Children import the package and the tests from here."""
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY / 'src'}:{REPOSITORY}")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process that nothing disturbed leaves."""
+    folder = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPOSITORY)
+        patch.setenv("PYTHONPATH", f"{REPOSITORY / 'src'}:{REPOSITORY}")
+        assert train(folder, 1) == 0
+    return folder
+
+
+# --- the launcher, with processes that do next to nothing
 
 
 @pytest.mark.parametrize("code", [6, 75])
@@ -40,20 +65,108 @@ def test_the_exit_code_of_the_first_to_fail_is_returned(code: int) -> None:
     assert launch(["-c", script], 2) == code
 
 
-def test_two_processes_equal_one_to_rounding(tmp_path: Path) -> None:
-    alone = train(tmp_path / "alone", 1)
-    together = train(tmp_path / "together", 2)
-    assert len(together) == 24
-    assert np.allclose(alone, together, rtol=1e-4)
+@pytest.mark.fault("F01", "A10")
+def test_a_process_that_hangs_is_named_with_its_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEVENFOLD_PATIENCE_S", "1.5")
+    script = """
+import os, time
+step = 4 if os.environ["RANK"] == "1" else 5
+os.write(int(os.environ["SEVENFOLD_HEARTBEAT"]), f"step {step}, backward\\n".encode())
+time.sleep(60)
+"""
+    started = time.monotonic()
+    with pytest.raises(
+        SevenfoldError,
+        match=r"nothing has moved for 2 s.*process 0: step 5, backward; process 1: step 4, backw",
+    ):
+        launch(["-c", script], 2)
+    assert time.monotonic() - started < 20
 
 
-def test_a_checkpoint_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
-    alone = train(tmp_path / "alone", 1)
-    steps = JsonLines(tmp_path / "alone" / "metrics.jsonl")
-    train(tmp_path / "alone", 1)  # a finished stage does nothing more
-    assert len([row for row in steps.read() if "event" not in row]) == 24
-    for step in (20, 24):
-        folder = tmp_path / "alone" / "checkpoints" / f"step-{step:08d}"
-        folder.rename(folder.with_name(f"unused-{step}"))
-    resumed = train(tmp_path / "alone", 2)
-    assert np.allclose(alone, resumed, rtol=1e-4)
+@pytest.mark.parametrize("text", ["soon", "-3", "nan"])
+def test_patience_is_a_number_of_seconds(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("SEVENFOLD_PATIENCE_S", text)
+    with pytest.raises(UsageError, match=f"SEVENFOLD_PATIENCE_S: '{text}' is not a number of sec"):
+        launch(["-c", "pass"], 2)
+
+
+def test_processes_stop_when_the_one_that_started_them_is_gone(tmp_path: Path) -> None:
+    """The reader of the heartbeat is closed before the process writes to it."""
+    script = """
+import os, signal, sys
+from sevenfold.train.launch import at_phase
+reading, writing = os.pipe()
+os.close(reading)
+os.environ["SEVENFOLD_HEARTBEAT"] = str(writing)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+at_phase(3, "forward")
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 75
+
+
+# --- training
+
+
+@pytest.mark.fault("C09", "D06", "F03")
+def test_two_processes_equal_one_to_rounding(alone: Path, tmp_path: Path) -> None:
+    assert train(tmp_path, 2) == 0
+    assert len(losses(tmp_path)) == 24
+    assert np.allclose(losses(alone), losses(tmp_path), rtol=1e-4)
+
+
+@pytest.mark.fault("C09")
+def test_a_checkpoint_goes_on_with_another_number_of_processes(
+    alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEVENFOLD_FAULTS", "term@step=12")
+    assert train(tmp_path, 1) == 75
+    monkeypatch.setenv("SEVENFOLD_FAULTS", "term@step=17:rank=1")
+    assert train(tmp_path, 2) == 75
+    monkeypatch.delenv("SEVENFOLD_FAULTS")
+    assert train(tmp_path, 1) == 0
+    assert np.allclose(losses(alone), losses(tmp_path), rtol=1e-4)
+
+
+@pytest.mark.fault("A08", "A09", "D05")
+def test_what_happens_to_one_process_stops_all_and_costs_nothing(
+    alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One gets SIGTERM: both save the same step. One is killed: the other ends, and is told why."""
+    monkeypatch.setenv("SEVENFOLD_FAULTS", "term@step=8:rank=1")
+    assert train(tmp_path, 2) == 75
+    assert checkpoints(tmp_path) in (
+        ["step-00000005", "step-00000008"],
+        ["step-00000005", "step-00000009"],
+    )
+    monkeypatch.setenv("SEVENFOLD_FAULTS", "kill@step=13:rank=1")
+    started = time.monotonic()
+    assert train(tmp_path, 2) not in (0, 75)
+    assert time.monotonic() - started < 60
+    assert "process 1 of 2 was ended by SIGKILL after step 13" in caplog.text
+    monkeypatch.setenv("SEVENFOLD_FAULTS", "nan@step=24:rank=1")
+    assert train(tmp_path, 2) == 0
+    events = [row for row in JsonLines(tmp_path / "metrics.jsonl").read() if "event" in row]
+    assert [row["step"] for row in events if row["event"] == "skip"] == [24]
+    assert np.allclose(losses(alone)[:23], losses(tmp_path)[:23], rtol=1e-4)
+
+
+@pytest.mark.fault("E04")
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_one_process_out_of_memory_lets_all_start_again_smaller(
+    alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    monkeypatch.setenv("SEVENFOLD_FAULTS", f"oom@step=8:phase={phase}:rank=1")
+    assert train(tmp_path, 2, micro_batch=2) == 0
+    decisions = json.loads((tmp_path / "recovery.json").read_text())
+    assert decisions["micro_batches"] == [[7, 1]]
+    assert np.allclose(losses(alone), losses(tmp_path), rtol=1e-4)
+
+
+@pytest.mark.fault("F04")
+def test_processes_started_with_different_data_are_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path, 2, odd_rank=1) == 2
+    told = capfd.readouterr().err
+    assert "inputs.data is not the same in all 2 processes (here 'other'); start them all" in told
+    assert not (tmp_path / "checkpoints").exists()

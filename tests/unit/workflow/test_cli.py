@@ -297,17 +297,17 @@ def test_one_process_per_gpu(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With several GPUs the step is done again by as many processes; their exit code is ours."""
-    from sevenfold.train import parallel
+    from sevenfold.train import launch
 
     started: list[tuple[list[str], int]] = []
 
-    def launch(arguments: list[str], num_processes: int) -> int:
+    def start(arguments: list[str], num_processes: int) -> int:
         started.append((arguments, num_processes))
         assert os.environ[steps.LOCK_HELD_VARIABLE] == str((place / "runs/demo").resolve())
         return 6
 
-    monkeypatch.setattr(parallel, "num_processes_to_start", lambda: 2)
-    monkeypatch.setattr(parallel, "launch", launch)
+    monkeypatch.setattr(launch, "num_processes_to_start", lambda: 2)
+    monkeypatch.setattr(launch, "launch", start)
     monkeypatch.setenv(steps.LOCK_HELD_VARIABLE, "")
     (place / "recipe.yaml").write_text("")
     line = ["sft", "--enable-oom-recovery", "--no-resume", "--force", "a test"]
