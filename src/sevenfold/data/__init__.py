@@ -9,6 +9,7 @@ In reading order:
 - ``village``: the demo's own small world
 - ``clean``: normalising, filtering, deduplicating, splitting off validation documents
 - ``tokenizer``: training a byte-level BPE, or taking over an existing tokenizer
+- ``template_sandbox``: chat templates from outside, rendered where they can do no harm
 - ``chat``: conversations to token ids and loss masks
 - ``tables``: tokenised conversations and preference pairs as Hugging Face data sets
 - ``shards``: packed token rows, written and read

@@ -17,7 +17,12 @@ from pydantic import Field
 from sevenfold.base.config import configuration
 from sevenfold.base.errors import BadDataError, UsageError
 from sevenfold.data.sources import SourceConfig
-from sevenfold.data.tokenizer import encode_texts, plain_backend
+from sevenfold.data.template_sandbox import (
+    TemplateForbiddenError,
+    TemplateRefusedError,
+    render_template,
+)
+from sevenfold.data.tokenizer import CHAT_TEMPLATE, encode_texts, plain_backend
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -184,16 +189,25 @@ def _break_control_tokens(tokenizer: Any, content: str, mark: str) -> str:
 
 
 def _apply(tokenizer: Any, turns: Messages, template: str, *, prompt: bool) -> str:
+    """Return what ``template``, which may hold marks, writes; our own needs no guard."""
     import jinja2
 
     try:
+        if tokenizer.chat_template != CHAT_TEMPLATE:
+            tokens = tokenizer.special_tokens_map
+            return render_template(template, turns, tokens, prompt=prompt)
         text: str = tokenizer.apply_chat_template(
             list(turns), chat_template=template, tokenize=False, add_generation_prompt=prompt
         )
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TemplateRefusedError) as error:
         raise BadDataError(
             f"the chat template refuses this conversation ({error}); remove the row, or choose "
             "another tokenizer"
+        ) from None
+    except TemplateForbiddenError as error:
+        raise UsageError(
+            f"{_name(tokenizer)}: the chat template was stopped ({error}); mend "
+            "chat_template.jinja, or choose another tokenizer"
         ) from None
     return text
 
