@@ -12,6 +12,7 @@ In reading order:
 - ``template_sandbox``: chat templates from outside, rendered where they can do no harm
 - ``chat``: conversations to token ids and loss masks
 - ``tables``: tokenised conversations and preference pairs as Hugging Face data sets
+- ``token_rows``: numbered rows of the ids in files that are watched meanwhile
 - ``shards``: packed token rows, written and read
 - ``batches``: what each training step sees
 """

@@ -101,7 +101,7 @@ class RowSource(Protocol):
 
 
 class TokenTable(Protocol):
-    """Rows of token ids on disk (``data.shards.TokenShards``)."""
+    """Rows of token ids on disk (``data.token_rows.TokenShards``)."""
 
     @property
     def num_rows(self) -> int:

@@ -16,22 +16,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from sevenfold.base import storage
 from sevenfold.base.config import configuration, fingerprint
 from sevenfold.base.errors import BadDataError, UsageError
 from sevenfold.data.sources import is_saved_dataset, load_saved_dataset
+from sevenfold.data.token_rows import AnyArray, TokenIds, TokenShards, repeated_rows, watched
 
 log = logging.getLogger(__name__)
 
 SHARD_TOKENS = 2**24
 ID_TYPES = ("int64", "int32", "uint16", "uint32")
 HELD_OUT_FRACTION = 0.01
+REPEATED_SHARE = 0.5  # of the rows to train on, above which it is warned of
+SHARED_SHARE = 0.01  # of the held-out rows, above which training on them is refused
 _CHUNK_TOKENS = 2**22
-
-AnyArray = NDArray[Any]
 
 
 @configuration
@@ -93,52 +93,17 @@ class RowWriter:
         self._filled = 0
 
 
-class TokenShards:
-    """Numbered rows of token ids in one or more memory-mapped arrays."""
-
-    def __init__(self, arrays: Sequence[AnyArray], row_length: int, rows: range | None = None):
-        """Read ``arrays`` of ids, one after the other, in rows; ``rows``: only these of them."""
-        self.row_length = row_length
-        self._arrays = [array.reshape(-1) for array in arrays]
-        self._starts = np.cumsum([0, *(len(array) for array in self._arrays)])
-        every = range(int(self._starts[-1]) // row_length)
-        self._rows = every if rows is None else rows
-
-    @property
-    def num_rows(self) -> int:
-        """Number of rows."""
-        return len(self._rows)
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens in all rows."""
-        return self.num_rows * self.row_length
-
-    def rows(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return rows [n, row_length] as int64."""
-        found = np.empty((len(indices), self.row_length), dtype=np.int64)
-        for place, index in enumerate(indices.tolist()):
-            self._copy(self._rows[index] * self.row_length, found[place])
-        return found
-
-    def _copy(self, start: int, target: NDArray[np.int64]) -> None:
-        """Copy the tokens from ``start`` on, across the ends of arrays."""
-        done = 0
-        while done < len(target):
-            number = int(np.searchsorted(self._starts, start + done, side="right")) - 1
-            offset = start + done - int(self._starts[number])
-            piece = self._arrays[number][offset : offset + len(target) - done]
-            target[done : done + len(piece)] = piece
-            done += len(piece)
-
-
 @dataclass(frozen=True, kw_only=True)
 class PackedShards:
-    """The rows of a folder, to train on and held out, and a fingerprint of all its bytes."""
+    """The rows of a folder, to train on and held out, and a fingerprint of all its bytes.
+
+    ``files`` are the SHA-256 of its files, by their paths in it.
+    """
 
     train: TokenShards
     validation: TokenShards
     fingerprint: str
+    files: dict[str, str]
 
 
 def open_shards(
@@ -177,18 +142,17 @@ def open_shards(
         parts = defaultdict(list)
         for path, array in arrays.items():
             split = "validation" if path.name.startswith("validation") else "train"
-            parts[split].append((str(path), array))
-    for name, array in [part for split in parts.values() for part in split]:
-        _check_ids(name, array, vocab_size, row_length)
+            parts[split].append(watched(str(path), array, [path]))
+    for part in [part for split in parts.values() for part in split]:
+        _check_ids(part.name, part.array, vocab_size, row_length)
     train, validation = _split(folder, parts, row_length)
+    _check_repeats(folder, train, validation, drawn="validation" not in parts)
     own = (folder / storage.MANIFEST).is_file()  # then lineage finds the folder by its manifest
     found = storage.read_manifest(folder)["fingerprint"] if own else fingerprint(hashes)
-    return PackedShards(train=train, validation=validation, fingerprint=str(found))
+    return PackedShards(train=train, validation=validation, fingerprint=str(found), files=hashes)
 
 
-def _open_input_ids(
-    folder: Path, min_length: int
-) -> tuple[dict[str, list[tuple[str, AnyArray]]], int]:
+def _open_input_ids(folder: Path, min_length: int) -> tuple[dict[str, list[TokenIds]], int]:
     """Map the ``input_ids`` of a saved data set as flat arrays, by split; and the row length.
 
     Rows of one length that holds the longest context stay rows; others are read as one stream of
@@ -198,7 +162,7 @@ def _open_input_ids(
         BadDataError: no such column, not whole numbers, a null.
     """
     names = ["train", "validation"] if (folder / "dataset_dict.json").is_file() else [None]
-    parts: dict[str, list[tuple[str, AnyArray]]] = {}
+    parts: dict[str, list[TokenIds]] = {}
     lengths: set[int] = set()
     for name in names:
         if name == "validation" and not (folder / "validation").is_dir():
@@ -212,14 +176,15 @@ def _open_input_ids(
     return parts, common if common >= min_length else min_length
 
 
-def _flat_ids(table: Any, where: str) -> tuple[list[tuple[str, AnyArray]], set[int]]:
+def _flat_ids(table: Any, where: str) -> tuple[list[TokenIds], set[int]]:
     import pyarrow
 
     if "input_ids" not in table.column_names:
         raise BadDataError(
             f"{where}: no column 'input_ids'; it has {', '.join(table.column_names)}; rename it"
         )
-    arrays: list[tuple[str, AnyArray]] = []
+    arrays: list[TokenIds] = []
+    files = [Path(file["filename"]) for file in table.cache_files]
     lengths: set[int] = set()
     column = table.with_format("arrow").data.column("input_ids")
     if table._indices is not None:
@@ -237,7 +202,8 @@ def _flat_ids(table: Any, where: str) -> tuple[list[tuple[str, AnyArray]], set[i
             raise BadDataError(f"{where}:input_ids: holds null, expected ids; remove those rows")
         lengths |= set(np.unique(chunk.value_lengths().to_numpy(zero_copy_only=False)).tolist())
         if len(values):
-            arrays.append((f"{where}:input_ids", values.to_numpy(zero_copy_only=True)))
+            ids = values.to_numpy(zero_copy_only=True)
+            arrays.append(watched(f"{where}:input_ids", ids, files))
     return arrays, lengths
 
 
@@ -365,16 +331,15 @@ def _check_ids(name: str, array: AnyArray, vocab_size: int, row_length: int) -> 
 
 
 def _split(
-    folder: Path, parts: dict[str, list[tuple[str, AnyArray]]], row_length: int
+    folder: Path, parts: dict[str, list[TokenIds]], row_length: int
 ) -> tuple[TokenShards, TokenShards]:
-    train = [array for _, array in parts.get("train", [])]
-    held_out = [array for _, array in parts.get("validation", [])]
-    num_train = sum(array.size for array in train) // row_length
-    num_held_out = sum(array.size for array in held_out) // row_length
-    if held_out and num_held_out and num_train:
+    train, held_out = parts.get("train", []), parts.get("validation", [])
+    num_train = sum(part.size for part in train) // row_length
+    num_held_out = sum(part.size for part in held_out) // row_length
+    if num_held_out and num_train:
         return TokenShards(train, row_length), TokenShards(held_out, row_length)
     if num_train < 2:
-        tokens = sum(array.size for array in [*train, *held_out])
+        tokens = sum(part.size for part in [*train, *held_out])
         raise BadDataError(
             f"{folder}: {tokens} tokens make {num_train} rows of {row_length} to train on; at "
             "least one row must train and one be held out; give more text or shorter rows"
@@ -385,6 +350,31 @@ def _split(
         TokenShards(train, row_length, range(num_train - last)),
         TokenShards(train, row_length, range(num_train - last, num_train)),
     )
+
+
+def _check_repeats(folder: Path, train: TokenShards, held_out: TokenShards, *, drawn: bool) -> None:
+    """Refuse held-out rows that are trained on; warn of rows that come again and again.
+
+    ``drawn``: nobody named the held-out rows, so that they repeat what repeats itself.
+    """
+    num_repeated, shared = repeated_rows(train, held_out)
+    if num_repeated > REPEATED_SHARE * train.num_rows:
+        log.warning(
+            "%s: %d of %d rows to train on repeat another; is this the right data?",
+            folder,
+            num_repeated,
+            train.num_rows,
+        )
+    if not shared:
+        return
+    row, other = shared[0]
+    found = (
+        f"{folder}: {len(shared)} of {held_out.num_rows} held-out rows are trained on too, the "
+        f"first is row {row}, row {other} of those to train on"
+    )
+    if len(shared) > SHARED_SHARE * held_out.num_rows and not drawn:
+        raise BadDataError(f"{found}; hold out rows that are not trained on")
+    log.warning("%s; what is measured on them says little", found)
 
 
 def write_rows(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from sevenfold.base import storage
 from sevenfold.base.config import build
 from sevenfold.base.errors import BadDataError, UsageError
 from sevenfold.data import shards
+from sevenfold.data.batches import Batches, PackedText
 from sevenfold.data.shards import PackConfig, PackedShards, open_shards, write_rows
+from sevenfold.train.config import ContextPhase
 
 LENGTH, VOCAB = 8, 100
 
@@ -39,7 +42,7 @@ def test_packing_and_reading_gives_the_documents_back(
         folder.mkdir()
         config = PackConfig(row_length=LENGTH, dtype=dtype)  # type: ignore[arg-type]
         counts = write_rows(folder, "train", documents, config)
-        write_rows(folder, "validation", documents[9:20], config)
+        write_rows(folder, "validation", [[0, *range(60, 80), 1]], config)
         assert counts == {"rows": len(stream) // LENGTH, "tokens": len(stream)}
         assert len(list(folder.glob("train-*.npy"))) == -(-counts["rows"] // 3)
         found = open_(folder)
@@ -231,6 +234,80 @@ def test_rows_of_one_token_are_warned_about(
     save(tmp_path, np.full((4, 8), 3))
     open_(tmp_path)
     assert "every token looked at is 3" in caplog.text
+
+
+@pytest.mark.fault("G10")
+def test_repeated_rows_are_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path, np.tile(table(), (100, 1)), "a.npy")
+    open_(tmp_path)
+    assert "392 of 396 rows to train on repeat another; is this the right data?" in caplog.text
+    assert "4 of 4 held-out rows are trained on too" in caplog.text
+    caplog.clear()
+    save(tmp_path, np.concatenate([table(), table(40, start=3)]), "a.npy")
+    save(tmp_path, table(2, start=5), "validation.npy")
+    open_(tmp_path)
+    assert caplog.text == ""
+
+
+@pytest.mark.fault("G10")
+def test_held_out_rows_that_are_trained_on_are_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where the files differ: in their type, or in the rows around them."""
+    save(tmp_path, table())
+    save(
+        tmp_path, np.concatenate([table(3, start=5), table(dtype="uint16")[2:3]]), "validation.npy"
+    )
+    refused(
+        tmp_path,
+        r"1 of 4 held-out rows are trained on too, the first is row 3, row 2 of those to train on; "
+        r"hold out rows that are not trained on",
+    )
+    # One in many is bad luck.
+    many = np.random.default_rng(0).integers(0, VOCAB, (200, LENGTH))
+    save(tmp_path, np.concatenate([many, table()[:1]]), "validation.npy")
+    open_(tmp_path)
+    assert "1 of 201 held-out rows are trained on too" in caplog.text
+
+
+def truncate(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(200)
+
+
+CHANGES: dict[str, Any] = {
+    "cut": truncate,
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    "other": lambda path: path.write_bytes(path.read_bytes()[::-1]),
+    "gone": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.fault("G09", "A11")
+@pytest.mark.parametrize("kind", ["npy", "data set"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_changes_while_training_ends_it_with_the_files_name(
+    tmp_path: Path, kind: str, change: str
+) -> None:
+    """The thread that makes batches ahead passes the error on; nothing hangs or crashes."""
+    if kind == "npy":
+        changed = save(tmp_path, table(40))
+    else:
+        saved(tmp_path, table(40).tolist())
+        (changed,) = tmp_path.glob("*.arrow")
+    batches = Batches(
+        PackedText(open_(tmp_path).train, bos_id=None),
+        tokens_per_batch=2 * LENGTH,
+        contexts=(ContextPhase(length=LENGTH, until=1.0),),
+        num_steps=50,
+        seed=1,
+    )
+    made = batches.prefetch(0)
+    next(made)
+    time.sleep(0.01)  # past the resolution of the file's time
+    CHANGES[change](changed)
+    with pytest.raises(BadDataError, match=rf"{changed.name}: changed while it was being read; le"):
+        list(made)
 
 
 def packed_folder(target: Path) -> None:
