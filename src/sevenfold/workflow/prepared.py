@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sevenfold.base import storage
 from sevenfold.base.config import to_plain
 from sevenfold.base.console import print_line
-from sevenfold.base.errors import UsageError
+from sevenfold.base.errors import CheckpointError, UsageError
 from sevenfold.base.records import Run
 from sevenfold.data.chat import ChatDataConfig
 from sevenfold.workflow.recipe import Recipe
 
+DATA_FILES = "data_files.json"
 SCRIPTS = {
     "raw": "scripts/01_download_data.py",
     "clean": "scripts/02_clean_data.py",
@@ -114,6 +116,37 @@ def _require_settings(folder: Path, made_with: Any, wanted: dict[str, Any], scri
                 f"{folder}: made with {key} {then}, now it is {now}; run {script} with that "
                 "setting first, or set it back"
             )
+
+
+def require_same_files(stage_folder: Path, data_folder: Path, files: Mapping[str, str]) -> None:
+    """Refuse to go on with a stage whose data are not those it began with, naming the file.
+
+    ``files`` are the SHA-256 of the files in ``data_folder``, by their paths in it.
+
+    Errors:
+        CheckpointError: one was changed, added, removed or renamed.
+    """
+    path = stage_folder / DATA_FILES
+    if not path.is_file():
+        return
+    known = storage.read_json(path, CheckpointError)
+    for name in sorted({*known, *files}):
+        if known.get(name) == files.get(name):
+            continue
+        what = "changed" if name in known and name in files else "added"
+        if name not in files:
+            heirs = [new for new, found in files.items() if found == known[name]]
+            what = f"renamed to {heirs[0]}" if heirs else "removed"
+        raise CheckpointError(
+            f"{data_folder / name}: {what} since {stage_folder.name} began to train on it; put it "
+            "back as it was, or start the stage again with --no-resume"
+        )
+
+
+def note_files(stage_folder: Path, files: Mapping[str, str]) -> None:
+    """Write down which files a stage trains on, for :func:`require_same_files`."""
+    if not (stage_folder / DATA_FILES).is_file():
+        storage.write_json(stage_folder / DATA_FILES, dict(files))
 
 
 def say(folder: Path, text: str) -> None:

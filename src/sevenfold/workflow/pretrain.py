@@ -32,12 +32,15 @@ def pretrain(run: records.Run, recipe: Recipe, options: training.StageOptions) -
     if tokenizer is not None and not source.external:
         training.require_same_tokenizer(run, source)
         known = str(storage.read_manifest(run.tokenizer)["fingerprint"])
+    data_folder = options.data or run.data("packed")
     shards = open_shards(
-        options.data or run.data("packed"),
+        data_folder,
         vocab_size=recipe.model.vocab_size if tokenizer is None else len(tokenizer),
         min_length=config.longest_context,
         tokenizer_fingerprint=known,
     )
+    if options.resume:
+        prepared.require_same_files(run.stage("pretrain"), data_folder, shards.files)
     job = training.open_job(
         run,
         recipe,
@@ -50,6 +53,8 @@ def pretrain(run: records.Run, recipe: Recipe, options: training.StageOptions) -
     )
     if job is None:
         return
+    if job.processes.is_main:
+        prepared.note_files(job.folder, shards.files)
     bos_id = None if tokenizer is None else tokenizer.bos_token_id
     if config.mask_documents and bos_id is None:
         log.warning("no tokenizer says where documents begin: rows are read as plain text")

@@ -1,0 +1,100 @@
+"""Pretraining goes on with the very files it began with, and says which of them is another."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.pipeline import miniature
+
+from sevenfold.base import storage
+from sevenfold.base.errors import CheckpointError
+from sevenfold.workflow import prepared, training
+from sevenfold.workflow import recipe as recipes
+from sevenfold.workflow.pretrain import pretrain
+
+SHARDS = ("a.npy", "b.npy", "validation.npy")
+
+
+def write_shards(folder: Path) -> None:
+    folder.mkdir()
+    for seed, name in enumerate(SHARDS):
+        np.save(folder / name, np.random.default_rng(seed).integers(0, 512, (8, 128)))
+
+
+def flip_token(folder: Path) -> None:
+    rows = np.load(folder / "b.npy")
+    rows[3, 5] = (rows[3, 5] + 1) % 512
+    np.save(folder / "b.npy", rows)
+
+
+def add(folder: Path) -> None:
+    np.save(folder / "c.npy", np.random.default_rng(9).integers(0, 512, (8, 128)))
+
+
+def exchange(folder: Path) -> None:
+    (folder / "a.npy").rename(folder / "other")
+    (folder / "b.npy").rename(folder / "a.npy")
+    (folder / "other").rename(folder / "b.npy")
+
+
+CHANGES: dict[str, tuple[Any, str]] = {
+    "changed": (flip_token, r"b\.npy: changed"),
+    "added": (add, r"c\.npy: added"),
+    "removed": (lambda folder: (folder / "b.npy").unlink(), r"b\.npy: removed"),
+    "renamed": (
+        lambda folder: (folder / "a.npy").rename(folder / "z.npy"),
+        r"a\.npy: renamed to z\.npy",
+    ),
+    "reordered": (exchange, r"a\.npy: changed"),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three shards and a run that was pretrained on them for a step."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_shards(folder / "packed")
+    train(folder)
+    return folder
+
+
+def train(folder: Path, *, resume: bool = True) -> None:
+    plain = miniature.recipe()
+    plain["pretrain"] = {**plain["pretrain"], "duration": {"steps": 1}}
+    config = folder / "recipe.yaml"
+    config.write_text(json.dumps(plain))
+    run, recipe = recipes.resolve(config_file=config, run_folder=folder / "run")
+    options = training.StageOptions(data=folder / "packed", resume=resume)
+    pretrain(recipes.save(run), recipe, options)
+
+
+@pytest.mark.fault("C12")
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_shards_than_before_are_refused_by_name(
+    trained: Path, tmp_path: Path, change: str
+) -> None:
+    shutil.copytree(trained, tmp_path / "copy")
+    make, message = CHANGES[change]
+    make(tmp_path / "copy" / "packed")
+    message += r" since pretrain began to train on it; put it back as it was, or start the stage"
+    with pytest.raises(CheckpointError, match=message):
+        train(tmp_path / "copy")
+
+
+@pytest.mark.fault("C12")
+def test_the_same_shards_are_gone_on_with_and_others_when_starting_again(
+    trained: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(trained, folder)
+    train(folder)
+    flip_token(folder / "packed")
+    train(folder, resume=False)
+    train(folder)
+    noted = storage.read_json(folder / "run" / "pretrain" / prepared.DATA_FILES)
+    assert noted["b.npy"] == storage.sha256_file(folder / "packed" / "b.npy")
