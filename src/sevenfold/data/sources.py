@@ -218,6 +218,7 @@ def load_saved_dataset(folder: Path, split: str | None) -> Any:
     import datasets
     import pyarrow
 
+    _require_inside(folder)
     try:
         loaded = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
@@ -232,6 +233,24 @@ def load_saved_dataset(folder: Path, split: str | None) -> Any:
     if name not in loaded:
         raise UsageError(f"{folder}: no split '{name}'; it has {', '.join(loaded)}")
     return loaded[name]
+
+
+def _require_inside(folder: Path) -> None:
+    """Refuse a saved data set that is not all in its folder: a link, or a name that leads out."""
+    for path in sorted(folder.rglob("*")):
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise BadDataError(f"{path}: a link out of {folder}; copy it into the folder")
+        if path.name != "state.json":
+            continue
+        state = storage.read_json(path)
+        files = state.get("_data_files") if isinstance(state, dict) else None
+        for number, file in enumerate(files if isinstance(files, list) else []):
+            name = str(file.get("filename")) if isinstance(file, dict) else str(file)
+            if not (path.parent / name).resolve().is_relative_to(folder.resolve()):
+                raise BadDataError(
+                    f"{path}:_data_files[{number}].filename: '{name}' lies outside {folder}; write "
+                    "the data set again with save_to_disk"
+                )
 
 
 def _saved_rows(folder: Path, split: str | None) -> Iterator[Row]:

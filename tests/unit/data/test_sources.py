@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +103,30 @@ def test_saved_data_sets_are_read(tmp_path: Path) -> None:
     (tmp_path / "one" / "dataset_info.json").write_text("{", encoding="utf-8")
     with pytest.raises(BadDataError, match=r"not readable as a saved data set .*save_to_disk"):
         texts(tmp_path / "one")
+
+
+@pytest.mark.fault("L05")
+@pytest.mark.parametrize("name", ["../outside.arrow", "/etc/passwd", "link.arrow"])
+def test_a_saved_data_set_that_leads_out_of_its_folder_is_refused(
+    tmp_path: Path, name: str
+) -> None:
+    import datasets
+
+    folder = tmp_path / "set"
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(folder))
+    (file,) = folder.glob("*.arrow")
+    shutil.copy(file, tmp_path / "outside.arrow")
+    if name == "link.arrow":
+        (folder / name).symlink_to(tmp_path / "outside.arrow")
+        with pytest.raises(BadDataError, match=r"link\.arrow: a link out of .*; copy it into the"):
+            texts(folder)
+        return
+    state = folder / "state.json"
+    state.write_text(state.read_text().replace(file.name, name))
+    with pytest.raises(
+        BadDataError, match=rf"state\.json:_data_files\[0\]\.filename: '{name}' lies outside"
+    ):
+        texts(folder)
 
 
 def test_a_hub_name_is_streamed_with_its_columns_renamed(tmp_path: Path) -> None:

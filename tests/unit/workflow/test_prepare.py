@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -353,6 +354,27 @@ def test_changed_bytes_are_noticed(tmp_path: Path, run: Run) -> None:
     file.write_bytes(file.read_bytes() + b"x")
     with pytest.raises(BadDataError, match=r"documents-00000\.jsonl\.zst: .*the manifest says"):
         prepare.clean(run, recipe)
+
+
+@pytest.mark.fault("L05")
+@pytest.mark.parametrize("name", ["../outside.zst", "/etc/passwd", "link.zst"])
+def test_a_manifest_that_leads_out_of_its_folder_is_refused(
+    tmp_path: Path, run: Run, name: str
+) -> None:
+    """With a fingerprint that is right for the listed files, so that only the path is wrong."""
+    download(run, own_texts(tmp_path))
+    folder = run.data("raw")
+    (file,) = folder.glob("*.zst")
+    shutil.copy(file, run.data("outside.zst"))
+    (folder / "link.zst").symlink_to(run.data("outside.zst"))
+    manifest = storage.read_manifest(folder)
+    manifest["files"][0]["path"] = name
+    lines = "".join(f"{file['sha256']}  {file['path']}\n" for file in manifest["files"])
+    manifest["fingerprint"] = hashlib.sha256(lines.encode()).hexdigest()
+    storage.write_json(folder / storage.MANIFEST, manifest)
+    with pytest.raises(BadDataError, match=rf"manifest\.json: {name} lies outside the folder"):
+        prepare.clean(run, make_recipe(village=None))
+    assert not run.data("clean").exists()
 
 
 def test_too_little_text_for_a_row_is_refused(tmp_path: Path, run: Run) -> None:
