@@ -138,7 +138,10 @@ def write_gates(folder: Path, *, limit: float = 5.0) -> Path:
 
 
 def sevenfold(
-    *arguments: str | Path, faults: str = "", timeout_s: float = 300
+    *arguments: str | Path,
+    faults: str = "",
+    timeout_s: float = 300,
+    program: tuple[str, str] = ("-m", "sevenfold.workflow.cli"),
 ) -> subprocess.CompletedProcess[str]:
     """Run a verb as people do, in a process of its own."""
     environment = {
@@ -148,7 +151,7 @@ def sevenfold(
         "SEVENFOLD_FAULTS": faults,
     }
     return subprocess.run(
-        [sys.executable, "-m", "sevenfold.workflow.cli", *map(str, arguments)],
+        [sys.executable, *program, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=timeout_s,

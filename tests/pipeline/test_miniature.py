@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -120,6 +121,61 @@ def test_a_finished_model_that_was_damaged_is_made_again(copy: Path, unbroken: P
     assert "made again from the last checkpoint" in again.stderr
     assert "resuming from step 10 of 10" in again.stdout
     assert fingerprint(copy, "sft") == fingerprint(unbroken / "run", "sft")
+
+
+ELSEWHERE = """
+import socket, sys, time
+now = time.time
+time.time = lambda: now() - 86_400
+socket.gethostname = lambda: "another-host"
+from sevenfold.workflow import cli
+cli.main()
+"""
+
+
+@pytest.mark.fault("K10")
+def test_moved_to_another_place_host_time_zone_and_day_a_stage_goes_on(
+    copy: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without(copy, "sft")
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    assert sevenfold("sft", "--run", copy, faults="kill@step=9").returncode == -signal.SIGKILL
+    moved = copy.parent.parent / "moved"
+    copy.parent.rename(moved)
+    checkpoints = sorted((moved / "run" / "sft" / "checkpoints").iterdir())
+    assert len(checkpoints) == 2
+    for path in (moved / "run" / "sft").rglob("*"):
+        assert path.is_dir() or str(copy.parent).encode() not in path.read_bytes(), path
+    for number, path in enumerate(reversed(checkpoints)):
+        os.utime(path, (2e9 + number, 2e9 + number))
+    monkeypatch.setenv("TZ", "Pacific/Apia")
+    again = sevenfold("sft", "--run", moved / "run", program=("-c", ELSEWHERE))
+    assert again.returncode == 0, again.stderr
+    assert "resuming from step 8" in again.stdout
+    assert losses(moved / "run", "sft") == losses(unbroken / "run", "sft")
+    assert fingerprint(moved / "run", "sft") == fingerprint(unbroken / "run", "sft")
+
+
+@pytest.mark.fault("L06")
+def test_no_secret_of_the_environment_is_kept(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    canary = "CANARY7d1f"
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "SOME_PASSWORD"):
+        monkeypatch.setenv(name, f"{canary}-{name}".ljust(40, "0"))
+    monkeypatch.setenv("HTTPS_PROXY", f"http://user:{canary}@127.0.0.1:9")
+    without(copy, "lora")
+    said = []
+    for arguments in (
+        ("run", "--from", "lora", "--gates", copy.parent / "gates.yaml", "--set", "tracking=wandb"),
+        ("lora", "--run", copy, "--debug", "--set", f"sft.data.replay=https://u:{canary}@host/x"),
+        ("download", "--source", f"https://u:{canary}@host/x"),
+    ):
+        done = sevenfold(*arguments, *(() if "--run" in arguments else ("--run", copy)))
+        said.append(done.stdout + done.stderr)
+        assert canary not in said[-1]
+        assert done.returncode == (2 if len(said) > 1 else 0), said[-1]
+    kept = [path for path in copy.rglob("*") if path.is_file()]
+    assert {".wandb", ".html", ".json", ".jsonl", ".safetensors"} <= {p.suffix for p in kept}
+    assert [path for path in kept if canary.encode() in path.read_bytes()] == []
 
 
 # --- exit codes

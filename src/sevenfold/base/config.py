@@ -21,7 +21,7 @@ from typing import Any, TypeVar, dataclass_transform
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from sevenfold.base.errors import UsageError, nearest
+from sevenfold.base.errors import UsageError, nearest, without_secrets
 
 T = TypeVar("T")
 # The largest preset has 12 kB. Reading this much takes half a second, whatever stands in it.
@@ -127,7 +127,7 @@ def read_yaml(path: Path) -> Document:
         raise UsageError(f"{path}: expected 'key: value' lines at the top level")
     lines: dict[tuple[Any, ...], int] = {}
     _collect_lines(node, (), lines)
-    _refuse_infinite(values, str(path), (), lines)
+    _refuse_infinite(values, str(path), lines)
     return Document(values, str(path), lines)
 
 
@@ -143,18 +143,40 @@ def _collect_lines(node: Any, where: tuple[Any, ...], lines: dict[tuple[Any, ...
 
 
 def _refuse_infinite(
-    value: Any, path: str, where: tuple[Any, ...], lines: Mapping[tuple[Any, ...], int]
+    values: Any, path: str, lines: Mapping[tuple[Any, ...], int] | None = None
 ) -> None:
-    if isinstance(value, dict):
+    for where, value in _leaves(values):
+        if isinstance(value, float) and not math.isfinite(value):
+            place = _place(path, where, lines or {})
+            raise UsageError(f"{place}: {value} is not a finite number")
+
+
+def _refuse_secrets(values: Any, path: str, lines: Mapping[tuple[Any, ...], int]) -> None:
+    for where, value in _leaves(values):
+        if isinstance(value, str) and without_secrets(value) != value:
+            raise UsageError(
+                f"{_place(path, where, lines)}: found {without_secrets(value)}, an address with a "
+                "user or password in it, which every record would keep; leave it out, and give "
+                "secrets by the environment (HF_TOKEN)"
+            )
+
+
+def _leaves(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yield everything that is neither mapping nor list, with its place."""
+    if isinstance(value, Mapping):
         for key, item in value.items():
-            _refuse_infinite(item, path, (*where, key), lines)
+            yield from _leaves(item, (*where, key))
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            _refuse_infinite(item, path, (*where, index), lines)
-    elif isinstance(value, float) and not math.isfinite(value):
-        parts = filter(None, (lines.get(where), ".".join(map(str, where))))
-        place = "".join(f":{part}" for part in parts)
-        raise UsageError(f"{path}{place}: {value} is not a finite number")
+            yield from _leaves(item, (*where, index))
+    else:
+        yield where, value
+
+
+def _place(path: str, where: tuple[Any, ...], lines: Mapping[tuple[Any, ...], int]) -> str:
+    """Return ``path:line:field``, without the line where it is not known."""
+    parts = (path, lines.get(where), ".".join(map(str, where)))
+    return ":".join(str(part) for part in parts if part)
 
 
 def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
@@ -191,7 +213,7 @@ def _read_value(assignment: str, text: str) -> Any:
             f"--set {assignment}: not readable as YAML ({reason}); expected one value, with quotes "
             "around it where the shell or YAML would take it apart"
         ) from None
-    _refuse_infinite(value, f"--set {assignment}", (), {})
+    _refuse_infinite(value, f"--set {assignment}")
     return value
 
 
@@ -205,9 +227,11 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     """Validate ``values`` into the configuration dataclass ``cls``.
 
     Errors:
-        UsageError: the first problem found, as ``file:line:field: what, and what was expected``.
+        UsageError: the first problem found, as ``file:line:field: what, and what was expected``;
+            or an address with a password in it, which would go into every record.
     """
     path, lines = _origin(values)
+    _refuse_secrets(values, path, lines)
     try:
         return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO, cast
@@ -20,6 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
+
+from sevenfold.base.errors import without_secrets
 
 # Plain lines are printed this often, whichever comes first, when nobody watches a bar move.
 PLAIN_LINES_PER_STAGE = 20
@@ -92,7 +95,7 @@ class _LogHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
         stream = _LastingStream("stderr")
-        stream.write(f"{level}{self.format(record)}\n")
+        stream.write(without_secrets(f"{level}{self.format(record)}\n"))
         stream.flush()
 
 
@@ -155,7 +158,14 @@ def print_raw(text: str) -> None:
 def print_error(message: str, *, kind: str = "error") -> None:
     """Print one line, ``kind: message``, to standard error."""
     stream = _LastingStream("stderr")
-    stream.write(f"{kind}: {' '.join(message.split())}\n")
+    stream.write(without_secrets(f"{kind}: {' '.join(message.split())}\n"))
+    stream.flush()
+
+
+def print_traceback() -> None:
+    """Print where the error that is being handled came from, to standard error."""
+    stream = _LastingStream("stderr")
+    stream.write(without_secrets(traceback.format_exc()))
     stream.flush()
 
 

@@ -16,7 +16,12 @@ The message is one line: what was found, where, what was expected, what to do.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# What stands between :// and @ of an address: a user's name, and often a password or token. As a
+# path, an address has lost one of the slashes.
+_USER_INFO = re.compile(r"(\b[a-zA-Z][\w+.-]+:/{1,2})[^/\s@\"']+@")
 
 
 class SevenfoldError(Exception):
@@ -80,3 +85,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if matches:
         return "; did you mean " + " or ".join(f"'{match}'" for match in matches) + "?"
     return "; known: " + ", ".join(names)
+
+
+def without_secrets(text: str) -> str:
+    """Return ``text`` without users and passwords in the addresses in it."""
+    return _USER_INFO.sub(r"\1***@", text)

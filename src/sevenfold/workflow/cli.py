@@ -11,7 +11,6 @@ import importlib
 import signal
 import sys
 import threading
-import traceback
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -56,7 +55,7 @@ def execute(arguments: list[str], *, verb: str | None = None, program: str = "se
         return StoppedError.exit_code
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            console.print_traceback()
         if isinstance(error, SevenfoldError):
             console.print_error(str(error))
             return error.exit_code

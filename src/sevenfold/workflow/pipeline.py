@@ -19,6 +19,7 @@ from sevenfold.base.errors import (
     StoppedError,
     UsageError,
     nearest,
+    without_secrets,
 )
 from sevenfold.base.records import GATED_STAGES
 from sevenfold.workflow import recipe as recipes
@@ -176,7 +177,8 @@ def _close(job: Job, started_at_s: float, error: SevenfoldError | None = None) -
     from sevenfold.verify import report
 
     # A gate's refusal is told by the verdict.
-    told = "" if error is None or isinstance(error, GateRefusedError) else str(error)
+    is_news = error is not None and not isinstance(error, GateRefusedError)
+    told = without_secrets(str(error)) if is_news else ""
     path = report.write_report(job.run, error=told)
     _print_verdicts(job.run)
     finished = [s for s in GATED_STAGES if (job.run.stage(s) / "record.json").is_file()]

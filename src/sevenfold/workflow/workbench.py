@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,6 +23,7 @@ from sevenfold.objective.next_token import Objective, Scorer
 from sevenfold.train import checkpoint, loop, optimizer, parallel, resuming
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.recovery import Decisions, StepGuard
+from sevenfold.workflow import tracking
 from sevenfold.workflow.training import Job
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -156,15 +154,14 @@ class Unseen:
 class _Shown:
     """The progress bar, and wandb where the run tracks with it."""
 
-    def __init__(self, bar: TrainingProgress, tracker: Any):
+    def __init__(self, bar: TrainingProgress, tracker: tracking.Tracker):
         self._bar = bar
         self._tracker = tracker
 
     def update(self, row: dict[str, Any]) -> None:
         """Show one row of metrics."""
         self._bar.update(row)
-        if self._tracker is not None:
-            self._tracker.log(row, step=row["step"])
+        self._tracker.log(row)
 
 
 def train(job: Job, bench: loop.Workbench) -> dict[str, Any]:
@@ -174,29 +171,7 @@ def train(job: Job, bench: loop.Workbench) -> dict[str, Any]:
     main, steps = job.processes.is_main, bench.num_steps
     with (
         TrainingProgress(job.stage, num_steps=steps, start_step=bench.step, enabled=main) as bar,
-        _tracker(job) as tracker,
+        tracking.tracked(job) as tracker,
     ):
         bench.progress = _Shown(bar, tracker)
         return loop.fit(bench)
-
-
-@contextlib.contextmanager
-def _tracker(job: Job) -> Iterator[Any]:
-    """Open a wandb run, offline unless WANDB_MODE says otherwise; None where not asked for."""
-    if job.recipe.tracking != "wandb" or not job.processes.is_main:
-        yield None
-        return
-    import wandb
-
-    run = wandb.init(
-        project="sevenfold",
-        name=f"{job.run.folder.name}-{job.stage}",
-        dir=str(job.run.folder),
-        mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
-        config={"stage": job.stage, "preset": job.run.preset, **job.settings},
-        settings=wandb.Settings(console="off", x_disable_stats=True, silent=True),
-    )
-    try:
-        yield run
-    finally:
-        run.finish()

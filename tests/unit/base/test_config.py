@@ -214,6 +214,29 @@ def test_wrong_values_are_named(tmp_path: Path, old: str, new: str, message: str
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.fault("L06")
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://me:hunter2@host/x",
+        "https://hunter2@host",
+        "s3+x://a:hunter2@b",
+        "git+ssh://u:hunter2@h/y",
+    ],
+)
+def test_an_address_with_a_password_is_refused_without_repeating_it(
+    tmp_path: Path, address: str
+) -> None:
+    path = written(tmp_path, f"{VALID}note: from {address}\n")
+    message = r":5:note: found from .*://\*\*\*@.*, which every record would keep; leave it out"
+    with pytest.raises(UsageError, match=message) as caught:
+        build(Outer, read_yaml(path))
+    assert "hunter2" not in str(caught.value)
+    with pytest.raises(UsageError, match="parts.0.kind: found"):
+        build(Outer, {"parts": [{"kind": address}]})
+    assert build(Outer, {**read_yaml(written(tmp_path, VALID)), "note": "https://host/a@b"}).note
+
+
 def test_overrides_are_typed_and_nested(tmp_path: Path) -> None:
     values = read_yaml(written(tmp_path, VALID))
     changed = override(values, ["steps=20", "inner.peak_lr=1e-3", "note=two = words"])

@@ -8,10 +8,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from sevenfold.base import console
+from sevenfold.base.errors import without_secrets
 
 ROW = {"step": 5, "tokens": 500, "loss": 2.5, "lr": 1e-3, "tok_s": 1234.5, "mfu": 0.413}
 
@@ -37,6 +39,32 @@ def test_lines_and_tables(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_error_is_one_line_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     console.print_error("first\n  second")
     assert capsys.readouterr() == ("", "error: first second\n")
+
+
+@pytest.mark.fault("L06")
+def test_what_counts_as_a_password() -> None:
+    for text in ("https:/u:hunter2@host/x", "s3://hunter2@b", "'git+ssh://a:hunter2@h'"):
+        assert "hunter2" not in without_secrets(text)
+        assert "***@" in without_secrets(text)
+    for text in ("https://host/a@b", "C:/data@2", "a.py:3:/home", "me@host", "meta-llama/x@main"):
+        assert without_secrets(text) == text
+
+
+@pytest.mark.fault("L06")
+@pytest.mark.usefixtures("restored_logging")
+def test_no_password_of_an_address_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    secret = "no answer from https://me:hunter2@host:80/x or http://token@proxy"
+    console.setup_logging(debug=False)
+    logging.getLogger("elsewhere").warning("%s", secret)
+    console.print_error(secret)
+    try:
+        raise OSError(secret)
+    except OSError:
+        console.print_traceback()
+    printed = capsys.readouterr().err
+    assert printed.count("https://***@host:80/x or http://***@proxy") == 3
+    assert "hunter2" not in printed
+    assert "token" not in printed
 
 
 def test_a_step_is_described_from_what_its_row_has() -> None:
@@ -118,6 +146,7 @@ def test_the_log_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> N
 
 TALK = """
 from sevenfold.base import console
+from sevenfold.base.errors import without_secrets
 for number in range(20000):
     console.print_line(f"line {number}")
 console.print_raw("the end")
@@ -148,3 +177,14 @@ def test_a_closed_standard_output_stops_nothing() -> None:
         command, stderr=subprocess.PIPE, text=True, check=False, preexec_fn=lambda: os.close(1)
     )
     assert (answer.returncode, answer.stderr) == (0, "reached the end\n")
+
+
+@pytest.mark.fault("K11")
+def test_a_full_disk_under_the_log_stops_nothing() -> None:
+    """Both streams go to a device that refuses every byte; the program does its work."""
+    done = "import sys; sys.exit(42 if console.detach_output() is None else 1)"
+    code = TALK.replace('sys.stderr.write("reached the end\\n")', done)
+    assert code != TALK
+    with Path("/dev/full").open("w") as full:
+        answer = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=full, check=False)
+    assert answer.returncode == 42
