@@ -328,8 +328,9 @@ def write_array(path: Path, array: NDArray[Any]) -> None:
 
 
 def read_array(path: Path) -> NDArray[Any]:
-    """Read what :func:`write_array` wrote; objects are never loaded."""
-    array: NDArray[Any] = np.load(path, allow_pickle=False)
+    """Read what :func:`write_array` wrote: no objects, and no archive of arrays."""
+    with path.open("rb") as file:
+        array: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
     return array
 
 

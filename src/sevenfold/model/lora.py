@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from sevenfold.base import storage
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 ADAPTER = "default"
 ALL_LINEAR = "all-linear"
+WEIGHTS = "adapter_model.safetensors"
 
 
 def add_adapter(model: PreTrainedModel, config: LoRAAdapterConfig) -> PeftModel:
@@ -187,12 +189,18 @@ def load_adapter(
     """Put a saved adapter on its base model.
 
     Errors:
-        CheckpointError: the adapter was trained on another base, its bytes have changed, or it
-            does not fit this model.
+        CheckpointError: the adapter was trained on another base, its bytes have changed, its
+            weights are no safetensors, or it does not fit this model.
     """
     from peft import PeftModel
 
     manifest = storage.verify_folder(folder, CheckpointError)
+    if not (folder / WEIGHTS).is_file():
+        # PEFT would go on to look for a pickle.
+        raise CheckpointError(
+            f"{folder}: no {WEIGHTS}, and other weight files are not read; save the adapter with "
+            "safetensors"
+        )
     trained_on = manifest.get("base_fingerprint")
     if base_fingerprint is not None and trained_on != base_fingerprint:
         raise CheckpointError(
@@ -203,7 +211,7 @@ def load_adapter(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
             return PeftModel.from_pretrained(model, str(folder))
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"{folder}: the adapter does not fit this model: {reason}; load it on the model it "
