@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from sevenfold.base import records
+from sevenfold.base import records, storage
+from sevenfold.base.errors import CheckpointError
 from sevenfold.model import llama
 from sevenfold.model import lora as adapters
 from sevenfold.objective.next_token import NEXT_TOKEN
@@ -48,11 +49,16 @@ def _export(job: training.Job, trained: dict[str, torch.Tensor]) -> None:
 
     The base is opened anew in fp32, so that neither FP8, nor bf16, nor sharding during training
     gets into the merge.
+
+    Errors:
+        CheckpointError: the base is no longer the model that the adapter was trained on.
     """
+    _require_same_base(job)
     whole = adapters.add_adapter(llama.load_model(job.source.folder), job.recipe.lora.adapter)
     weights = {name.removeprefix("model."): tensor for name, tensor in trained.items()}
-    unexpected = whole.load_state_dict(weights, strict=False).unexpected_keys
-    assert not unexpected, unexpected
+    found = whole.load_state_dict(weights, strict=False)
+    odd = [*found.unexpected_keys, *(name for name in found.missing_keys if "lora_" in name)]
+    assert not odd, odd
     adapters.save_adapter(
         whole,
         job.folder / "adapter",
@@ -61,3 +67,16 @@ def _export(job: training.Job, trained: dict[str, torch.Tensor]) -> None:
     )
     merged = adapters.merge_adapter(whole)
     llama.save_model(merged, job.source.folder, job.run.model("lora"), training.model_dtype(job))
+
+
+def _require_same_base(job: training.Job) -> None:
+    folder = job.source.folder
+    if job.source.external:
+        found = training.outside_fingerprint(folder)
+    else:
+        found = storage.verify_folder(folder, CheckpointError, exact=True)["fingerprint"]
+    if found != job.source.fingerprint:
+        raise CheckpointError(
+            f"{folder}: changed since the adapter began to be trained on it, so it is not merged; "
+            "put the model back and run scripts/10_lora.py again, or train anew with --no-resume"
+        )

@@ -100,9 +100,14 @@ def open_source(run: records.Run, previous: str, options: StageOptions) -> recor
     folder = options.start_from.resolve()
     if not (folder / "config.json").is_file():
         raise UsageError(f"--start-from {folder}: no config.json; name a Hugging Face model folder")
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    found = fingerprint({path.name: storage.sha256_file(path) for path in files})
+    found = outside_fingerprint(folder)
     return records.Source(folder=folder, fingerprint=found, stage="external", external=True)
+
+
+def outside_fingerprint(folder: Path) -> str:
+    """Identify the bytes of a model folder that has no manifest of ours."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return fingerprint({path.name: storage.sha256_file(path) for path in files})
 
 
 def check_named_inputs(run: records.Run, recipe: Recipe, options: StageOptions) -> None:
