@@ -16,7 +16,8 @@ from sevenfold.base import storage
 from sevenfold.base.config import build
 from sevenfold.base.errors import BadDataError, CheckpointError, DivergedError, UsageError
 from sevenfold.data.tokenizer import END, reserved_ids
-from sevenfold.model.config import InitConfig, ModelConfig
+from sevenfold.model import attention
+from sevenfold.model.config import InitConfig, ModelConfig, from_hf
 from sevenfold.model.llama import (
     check_start,
     initialize,
@@ -125,6 +126,40 @@ def test_a_model_that_sees_the_future_is_refused(tiny: ModelConfig, init: InitCo
     model.model.forward = leaking
     with pytest.raises(UsageError, match="changed logits before it.*not causal; use another one"):
         check_start(model, 0)
+
+
+@pytest.mark.fault("D09")
+@pytest.mark.parametrize(
+    ("implementation", "packed"),
+    [
+        ("sdpa", False),
+        ("eager", False),
+        (attention.IMPLEMENTATION, False),
+        (attention.IMPLEMENTATION, True),
+    ],
+)
+def test_no_token_sees_a_later_one(
+    tiny: ModelConfig, init: InitConfig, implementation: str, packed: bool
+) -> None:
+    """Whatever attention computes it, and with packed documents as training masks them."""
+    attention.register_attention()
+    model = initialize(tiny, init, 0).eval()
+    model.set_attn_implementation(implementation)
+    documents_bt = torch.arange(20).div(7, rounding_mode="floor").expand(2, 20)
+    mask = attention.document_mask(documents_bt) if packed else None
+    with torch.no_grad():
+        before_btv = model(input_ids=IDS_BT, attention_mask=mask).logits
+        for changed in (5, 13, 19):
+            ids_bt = IDS_BT.clone()
+            ids_bt[:, changed] += 1
+            after_btv = model(input_ids=ids_bt, attention_mask=mask).logits
+            assert torch.equal(after_btv[:, :changed], before_btv[:, :changed])
+            assert not torch.equal(after_btv[:, changed], before_btv[:, changed])
+            later = documents_bt[0] > documents_bt[0, changed]
+            if packed:
+                assert torch.equal(after_btv[:, later], before_btv[:, later])
+            elif changed < 19:
+                assert not torch.equal(after_btv[:, -1], before_btv[:, -1])
 
 
 def test_spread_must_be_positive() -> None:
@@ -266,10 +301,71 @@ def test_a_vocabulary_with_too_few_rows_is_refused(
 def test_padded_rows_of_a_model_from_outside_are_never_generated(
     tiny: ModelConfig, init: InitConfig, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
+    """The rows stay, as the model came with them; that they are never said is in the folder."""
     model = initialize(dataclasses.replace(tiny, vocab_size=384), init, 0)
+    with torch.no_grad():
+        # A model that would rather say nothing else.
+        model.model.embed_tokens.weight[320:] *= 50
     save_model(model, tokenizer_folder, tmp_path / "model", FP32)
     written = json.loads((tmp_path / "model" / "generation_config.json").read_text())
     assert set(range(320, 384)) <= set(written["suppress_tokens"])
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(logits(loaded), logits(model))
+    assert min(logits(loaded).argmax(-1).flatten().tolist()) >= 320
+    for sampling in ({"do_sample": False}, {"do_sample": True, "temperature": 5.0}):
+        given = loaded.generate(
+            IDS_BT[:1], attention_mask=torch.ones_like(IDS_BT[:1]), max_new_tokens=16, **sampling
+        )
+        assert max(given[0, IDS_BT.shape[1] :].tolist()) < 320
+
+
+@pytest.mark.fault("J07")
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 123_456.0},
+        {
+            "rope_type": "llama3",
+            "rope_theta": 50_000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_shapes_the_logits_comes_back_from_the_folder(
+    tiny: ModelConfig,
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    rope: dict[str, Any],
+    dtype: torch.dtype,
+) -> None:
+    from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
+
+    config = tiny.to_hf()
+    config.rope_parameters = rope
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(dtype)
+    # The frequencies are no weights and stay exact; to() rounds them with the rest.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    save_model(model, tokenizer_folder, tmp_path / "model", dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert loaded.dtype == dtype
+    assert torch.equal(logits(loaded), logits(model))
+    known = from_hf(config)
+    assert from_hf(loaded.config) == known
+    assert known.rope_theta == rope["rope_theta"]
+    assert {**loaded.config.rope_parameters, **rope} == loaded.config.rope_parameters
+    tokenizer = load_tokenizer(tokenizer_folder)
+    written = GenerationConfig.from_pretrained(tmp_path / "model")
+    for name in ("bos_token_id", "pad_token_id"):
+        assert getattr(written, name) == getattr(loaded.config, name) == getattr(tokenizer, name)
+    assert loaded.config.eos_token_id == tokenizer.eos_token_id
+    assert tokenizer.eos_token_id in written.eos_token_id
 
 
 def test_weights_that_are_not_finite_are_not_saved(
