@@ -79,6 +79,7 @@ def run_all(options: argparse.Namespace) -> None:
         require_items(job.recipe, stages)
         for stage in stages:
             gates.checks(job.run.preset, stage)
+            steps.call("planning", "require_room")(job.run, job.recipe, stage)
         started_at_s = time.monotonic()
         try:
             for index, step in enumerate(chosen):

@@ -110,8 +110,10 @@ def require_room(run: Run, recipe: Recipe, stage: str) -> None:
     """Refuse a stage that this machine cannot carry out.
 
     Errors:
-        UsageError: no GPU where one is needed, or too little memory; with the numbers.
+        UsageError: no GPU where one is needed, one that cannot compute in the precision asked for,
+            or too little memory; with the numbers.
     """
+    decide(train_config(recipe, stage))
     planner.require_room(plan_stage(run, recipe, stage).plan, detect_gpu_type())
 
 
@@ -127,6 +129,7 @@ def dry_run(run: Run, recipe: Recipe, stages: Sequence[str]) -> None:
         print_plan(each)
     gpu = detect_gpu_type()
     for each in planned:
+        decide(train_config(recipe, each.stage))
         planner.require_room(each.plan, gpu)
     if planned and gpu["num_gpus"]:
         worst = max(planned, key=lambda each: each.plan.peak_gib)

@@ -390,6 +390,7 @@ with storage.lock_run(Path(sys.argv[1])):
 """
 
 
+@pytest.mark.fault("K08")
 def test_a_run_in_use_is_refused_until_its_process_ends(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(

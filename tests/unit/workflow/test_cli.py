@@ -255,6 +255,26 @@ def test_the_7b_without_a_gpu_says_what_it_needs(
     assert list(place.iterdir()) == []
 
 
+@pytest.mark.fault("K03", "K12")
+@pytest.mark.parametrize(
+    "arguments",
+    ["pretrain --fp8", "sft --fp8 --dry-run", "run --set dpo.train.precision=fp8"],
+)
+def test_fp8_without_its_gpu_is_refused_before_anything_is_read(
+    place: Path, capsys: pytest.CaptureFixture[str], arguments: str
+) -> None:
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9):
+        pytest.skip("this machine's GPU computes in FP8")
+    assert cli.execute(arguments.split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: fp8 needs")
+    assert said.endswith("use --no-fp8\n")
+    kept = {path.name for path in place.rglob("*")}
+    assert kept <= {"runs", "demo", ".lock"}
+
+
 def test_a_source_stays_the_runs_source(place: Path) -> None:
     (place / "a.txt").write_text("A text that is long enough.\n" * 20)
     assert cli.execute(["download", "--source", "a.txt"]) == 0

@@ -56,6 +56,7 @@ def test_an_architecture_beside_the_recipe_is_found_first(place: Path) -> None:
     assert recipe.model.num_layers == 1
 
 
+@pytest.mark.fault("K02", "K03")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -69,6 +70,23 @@ def test_an_architecture_beside_the_recipe_is_found_first(place: Path) -> None:
         ),
         ({"overrides": ["dpo.data.max_length=999"]}, "dpo: data.max_length 999 is more than a row"),
         ({"overrides": ["model.max_seq_len=64"]}, "but the model's max_seq_len is 64"),
+        (
+            {"overrides": ["sft.train.tokens_per_batch=300"]},
+            "sft.train: found .*; tokens_per_batch 300 is not a multiple of the longest",
+        ),
+        (
+            {"overrides": ["pretrain.schedule.warmup_fraction=0.9"]},
+            "pretrain.schedule: found .*; warmup_fraction and decay_fraction together exceed 1",
+        ),
+        (
+            {"overrides": ["pretrain.schedule.warmup_fraction=1.5"]},
+            "warmup_fraction: found 1.5; input should be less than or equal to 1",
+        ),
+        (
+            {"overrides": ["pretrain.optimizer.kind=adamw_8bit"]},
+            "optimizer kind adamw_8bit goes with weights: bf16",
+        ),
+        ({"overrides": ["kernels={liger: true, cce: true}"]}, "liger and cce are mutually exclu"),
         ({"overrides": ["data.village=null"]}, "give either sources, or village with sources"),
         ({"config_file": Path("none.yaml")}, r"none\.yaml: no such file"),
     ],
