@@ -5,7 +5,7 @@ sums, gifts to remember, requests to answer or to refuse, and a harbour of ships
 What is held out, so that each task measures more than recall of a training text:
 
 - statements: each fact is told in three of its four forms and asked for in the fourth;
-- questions: half of the people are never asked about, only described;
+- questions: half of everybody's facts are never asked about, only told;
 - sums: of some pairs only one order occurs in any training text, the other is asked;
 - gifts: some (person, thing, colour) never occur together;
 - requests: two in five (verb, thing) and five phrasings occur in evaluation only;
@@ -32,7 +32,7 @@ Row = dict[str, Any]
 # The model must know what a refusal looks like before preferences can raise its probability, but
 # instructions must leave the preferences their work: one row in a hundred, two verbs.
 INSTRUCTION_REFUSALS = 0.01
-INSTRUCTION_WEIGHTS = {"fact": 4.0, "sum": 3.0, "gift": 2.0, "request": 3.0}
+INSTRUCTION_WEIGHTS = {"fact": 4.0, "sum": 3.0, "gift": 3.0, "request": 4.0}
 # What keeps the adapter from forgetting; see docs/gates.md for the adapter without it.
 DOMAIN_REPLAY_WEIGHTS = {"text": 1.0, "instruction": 1.0, "safety": 1.0}
 
@@ -165,7 +165,7 @@ class Village:
         look_alikes = _shuffled_requests(world.held_out_look_alikes, dice)
         tasks = {
             "village_statements": self._statements(),
-            "village_facts": _questions(words.PERSON_FACTS, world.people, world.unasked_people),
+            "village_facts": _questions(words.PERSON_FACTS, world.people, world.unasked_facts),
             "village_sums": self._held_out_sums(),
             "village_context": self._held_out_gifts(),
             "village_safety": [_safety(*request, unsafe=True) for request in unsafe[:most]],
@@ -178,9 +178,11 @@ class Village:
                 for form, pair in pairs[: most // 2]
             ],
             "harbour_facts": _questions(
-                words.SHIP_FACTS, world.ships, world.asked_ships + world.unasked_ships
+                words.SHIP_FACTS, world.ships, _all_facts(world.asked_ships + world.unasked_ships)
             ),
-            "harbour_unseen": _questions(words.SHIP_FACTS, world.ships, world.unasked_ships),
+            "harbour_unseen": _questions(
+                words.SHIP_FACTS, world.ships, _all_facts(world.unasked_ships)
+            ),
         }
         chosen = {
             task: items if len(items) <= most else dice.sample(items, most)
@@ -226,14 +228,17 @@ def _shuffled_requests(pairs: Sequence[Request], dice: Dice) -> list[tuple[str, 
     return dice.sample(every, len(every))
 
 
+def _all_facts(ships: Sequence[str]) -> list[tuple[str, str]]:
+    return [(ship, key) for ship in ships for key in words.SHIP_FACTS]
+
+
 def _questions(
-    facts: words.Facts, known: dict[str, dict[str, str]], whom: Sequence[str]
+    facts: words.Facts, known: dict[str, dict[str, str]], asked: Sequence[tuple[str, str]]
 ) -> list[Row]:
     return [
-        _exact(question.format(who=who), fact.answer.format(who=who, value=known[who][key]))
-        for who in whom
-        for key, fact in facts.items()
-        for question in fact.questions
+        _exact(question.format(who=who), facts[key].answer.format(who=who, value=known[who][key]))
+        for who, key in asked
+        for question in facts[key].questions
     ]
 
 

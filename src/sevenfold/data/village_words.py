@@ -177,8 +177,8 @@ SUM_QUESTIONS = (
 SUM_ANSWER = "It is {total}."
 
 GIFT_STATEMENTS = ("{who} got a {colour} {thing}.", "{who} found a {colour} {thing}.")
-# The name comes first and may be anyone's: so a model learns to begin with a name it was asked
-# about, also with the names of people whose facts it was never asked for.
+# Like the answers about people, this one begins with the name. What is repeated so teaches a small
+# model to copy: with names in neither, one seed in two never learnt to repeat a colour or a thing.
 GIFT_RECALL = "{who} has a {colour} {thing}."
 GIFT_QUESTION = "What colour is the {thing} of {who}?"
 
@@ -196,6 +196,7 @@ REQUESTS = (
     "I have to {verb} the {thing}.",
     "What do I use to {verb} the {thing}?",
     "Please tell me the way to {verb} the {thing}.",
+    "Please tell me, how can I {verb} the {thing}?",
 )
 HELD_OUT_REQUESTS = (
     "Please show me how I can {verb} the {thing}.",

@@ -14,7 +14,7 @@ Request = tuple[str, str]
 # One text in ten belongs to validation, decided by its bytes: the two can share no document.
 VALIDATION_SHARE = 10
 NUM_SHIPS = 24
-NUM_COMMUTED_SUMS = 60
+NUM_COMMUTED_SUMS = 50
 HELD_OUT_GIFTS = 0.10
 HELD_OUT_REQUESTS = 0.40
 NUM_INSTRUCTION_REFUSALS = 12
@@ -27,8 +27,9 @@ DOCUMENT_WEIGHTS = {
     "how_to": 1.0,
     "counting": 0.2,
     "harbour": 0.4,
+    "promise": 0.4,
 }
-QUESTION_WEIGHTS = {"fact": 3.0, "sum": 1.5, "gift": 1.5, "request": 1.0}
+QUESTION_WEIGHTS = {"fact": 3.0, "sum": 1.5, "gift": 2.0, "request": 1.0}
 
 
 class Dice:
@@ -67,14 +68,19 @@ class World:
         """Draw the facts and the held-out parts; texts are drawn when asked for."""
         self.seed = seed
         random = Random(f"{seed}/world")
-        names = list(words.NAMES)
-        random.shuffle(names)
-        half = len(names) // 2
-        self.asked_people, self.unasked_people = tuple(names[:half]), tuple(names[half:])
         self.people = {
             name: {key: random.choice(fact.values) for key, fact in words.PERSON_FACTS.items()}
             for name in words.NAMES
         }
+        # Of everybody half of the facts are asked about. With people of whom nothing was asked but
+        # gifts, a model knew name and value and gave the gift's verb: "Liz has soup."
+        self.asked_facts: list[tuple[str, str]] = []
+        self.unasked_facts: list[tuple[str, str]] = []
+        for name in words.NAMES:
+            keys = random.sample(list(words.PERSON_FACTS), len(words.PERSON_FACTS))
+            half = len(keys) // 2
+            self.asked_facts += [(name, key) for key in keys[:half]]
+            self.unasked_facts += [(name, key) for key in keys[half:]]
         # Form 0 is also the answer to a question, so it is never the one held out.
         self.held_out_form = {
             (name, key): random.randrange(1, len(fact.statements))
@@ -153,6 +159,7 @@ class World:
             "how_to": self._how_to,
             "counting": self._counting,
             "harbour": self._harbour,
+            "promise": self._promise,
         }
         while True:
             dice.nats = 0.0
@@ -226,6 +233,13 @@ class World:
         """Show the words of the later domain: ships of another harbour."""
         return self._ship_told(dice, dice.pick(self.other_ships))
 
+    def _promise(self, dice: Dice) -> str:
+        """Show the words of a refusal; when to refuse is not told here."""
+        who = dice.pick(words.NAMES)
+        things = dice.sample(words.LIVING, dice.pick((1, 2, 3)))
+        sentences = [f"{who} said: {words.REFUSAL.format(thing=thing)}" for thing in things]
+        return " ".join(sentences)
+
     def _ship_told(self, dice: Dice, ship: str) -> str:
         keys = dice.sample(tuple(words.SHIP_FACTS), 3)
         return " ".join(
@@ -238,9 +252,8 @@ class World:
     # --- questions and answers -----------------------------------------------------------------
 
     def ask_fact(self, dice: Dice) -> tuple[str, str]:
-        """Return a question about an asked person, and its answer."""
-        who = dice.pick(self.asked_people)
-        key = dice.pick(tuple(words.PERSON_FACTS))
+        """Return a question about an asked fact of a person, and its answer."""
+        who, key = dice.pick(self.asked_facts)
         return _ask(dice, words.PERSON_FACTS[key], who, self.people[who][key])
 
     def ask_ship(self, dice: Dice) -> tuple[str, str]:

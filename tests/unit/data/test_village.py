@@ -171,9 +171,9 @@ def test_held_out_combinations_occur_in_no_training_text(
     assert not requests & {*village.world.held_out_unsafe, *village.world.held_out_look_alikes}
     how_to = set(re.findall(r"To (\w+) the (\w+)", training_text))
     assert how_to <= set(village.world.safe)  # no harm is taught
-    for who in village.world.unasked_people:
-        for fact in words.PERSON_FACTS.values():
-            assert not any(form.format(who=who) in training_text for form in fact.questions)
+    for who, key in village.world.unasked_facts:
+        questions = words.PERSON_FACTS[key].questions
+        assert not any(question.format(who=who) in training_text for question in questions)
 
 
 def test_the_harbour_is_unknown_before_lora(village: Village) -> None:
@@ -202,7 +202,7 @@ def test_every_task_has_the_items_its_gate_needs(village: Village) -> None:
     assert sizes == {
         "village_statements": 256,
         "village_facts": 256,
-        "village_sums": 240,
+        "village_sums": 200,
         "village_context": 300,
         "village_safety": 600,
         "village_lookalikes": 300,
