@@ -126,7 +126,7 @@ class Checkpoints:
             for part in PARTS:
                 save_file(_separate(getattr(snapshot, part)), folder / f"{part}.safetensors")
             storage.write_json(folder / "state.json", snapshot.state)
-        storage.verify_folder(target, CheckpointError)
+        self.verify(snapshot.step)
         kept = self._to_keep(snapshot.step)
         for step in self.steps():
             if step < snapshot.step and step not in kept:
@@ -179,6 +179,17 @@ class Checkpoints:
             )
         return None
 
+    def verify(self, step: int) -> None:
+        """Check every byte of one checkpoint.
+
+        Errors:
+            CheckpointError: it is not complete, or not as it was written.
+        """
+        manifest = self.path(step) / storage.MANIFEST
+        if not manifest.is_file():
+            raise CheckpointError(f"{manifest}: missing")
+        storage.verify_folder(self.path(step), CheckpointError)
+
     def load(self, step: int) -> Snapshot:
         """Read one checkpoint, every byte checked.
 
@@ -186,9 +197,7 @@ class Checkpoints:
             CheckpointError: it is not complete, or not as it was written.
         """
         folder = self.path(step)
-        if not (folder / storage.MANIFEST).is_file():
-            raise CheckpointError(f"{folder / storage.MANIFEST}: missing")
-        storage.verify_folder(folder, CheckpointError)
+        self.verify(step)
         try:
             tensors = {part: load_file(folder / f"{part}.safetensors") for part in PARTS}
         except (SafetensorError, OSError) as error:

@@ -156,6 +156,22 @@ def _watch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--once", action="store_true", help="show where it stands and end")
 
 
+def _checkpoints(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--verify", action="store_true", help="recompute every checksum")
+    parser.add_argument(
+        "--prune",
+        type=_above_zero,
+        metavar="N",
+        help="keep each stage's newest N good ones, delete the others and the damaged",
+    )
+
+
+def _above_zero(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
+    return int(text)
+
+
 def _target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", type=Path, metavar="DIR", help="new folder to make")
 
@@ -199,7 +215,12 @@ _TABLE = (
     Verb("report", "write report.html", f"{_SHOW}:report", (_existing_run,)),
     Verb("lineage", "what each artifact was made from", f"{_SHOW}:lineage", (_existing_run,)),
     Verb("verify", "recompute every checksum of a run", f"{_SHOW}:verify", (_existing_run,)),
-    Verb("checkpoints", "list complete checkpoints", f"{_SHOW}:checkpoints", (_existing_run,)),
+    Verb(
+        "checkpoints",
+        "list, check and prune a run's checkpoints",
+        "sevenfold.workflow.checkpoints:checkpoints",
+        (_existing_run, _checkpoints),
+    ),
     Verb(
         "export",
         "copy a stage's model to a folder of its own",

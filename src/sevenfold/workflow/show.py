@@ -16,7 +16,7 @@ from rich.text import Text
 
 from sevenfold.base import console, records, storage
 from sevenfold.base.errors import BadDataError, SevenfoldError, UsageError
-from sevenfold.base.records import GATED_STAGES, STAGES, Run, open_run
+from sevenfold.base.records import STAGES, Run, open_run
 from sevenfold.verify import lineage as lineages
 
 WATCH_EVERY_S = 2.0
@@ -73,19 +73,6 @@ def verify(options: argparse.Namespace) -> None:
 
 def _is_hidden(path: Path, root: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(root).parts)
-
-
-def checkpoints(options: argparse.Namespace) -> None:
-    """List the complete checkpoints of every stage, with their size and age."""
-    run = open_run(options.run)
-    rows = []
-    for stage in GATED_STAGES:
-        for path in sorted((run.stage(stage) / "checkpoints").glob(f"step-*/{storage.MANIFEST}")):
-            files = storage.read_json(path)["files"]
-            size_gib = sum(file["bytes"] for file in files) / 2**30
-            age = console.duration(time.time() - path.stat().st_mtime)
-            rows.append([stage, path.parent.name, f"{size_gib:.3f} GiB", f"{age} ago"])
-    console.print_table(f"checkpoints of {run.folder}", ["stage", "step", "size", "made"], rows)
 
 
 def export(options: argparse.Namespace) -> None:

@@ -22,11 +22,6 @@ def run(tmp_path: Path) -> Run:
     with storage.new_folder(made.model("sft"), kind="model") as folder:
         (folder / "config.json").write_text("{}")
         (folder / "model.safetensors").write_bytes(b"weights")
-    with storage.new_folder(
-        made.stage("sft") / "checkpoints" / "step-00000020", kind="checkpoint"
-    ) as folder:
-        (folder / "model.safetensors").write_bytes(bytes(2**20))
-    (made.stage("sft") / "checkpoints" / "step-00000030").mkdir()
     made.write_record("sft", {"stage": "sft", "inputs": {}})
     lines = storage.JsonLines(made.stage("sft") / "metrics.jsonl")
     lines.append({"step": 10, "loss": 2.5, "tok_s": 1000.0})
@@ -36,14 +31,14 @@ def run(tmp_path: Path) -> Run:
 
 def test_verify_counts_what_it_checked(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.execute(["verify", str(run.folder)]) == 0
-    assert "4 folders, 5 files, all as written" in capsys.readouterr().out
+    assert "3 folders, 4 files, all as written" in capsys.readouterr().out
 
 
 def test_verify_names_what_is_damaged(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     (run.model("sft") / "model.safetensors").write_bytes(b"weirdos")
     assert cli.execute(["verify", str(run.folder)]) == 4
     printed = capsys.readouterr().err
-    assert "1 of 4 folders are damaged" in printed
+    assert "1 of 3 folders are damaged" in printed
     assert "model.safetensors: its SHA-256 is not the manifest's" in printed
     assert "run the step that makes it again" in printed
 
@@ -54,14 +49,6 @@ def test_lineage_follows_fingerprints(run: Run, capsys: pytest.CaptureFixture[st
     raw = storage.read_manifest(run.data("raw"))["fingerprint"][:12]
     assert f"data/raw (here, {raw})" in printed
     assert "outside" in printed
-
-
-def test_checkpoints_lists_complete_ones_only(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.execute(["checkpoints", str(run.folder)]) == 0
-    printed = capsys.readouterr().out
-    assert "step-00000020" in printed
-    assert "0.001 GiB" in printed
-    assert "step-00000030" not in printed
 
 
 def test_watch_shows_the_newest_step(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
