@@ -22,6 +22,7 @@ from sevenfold.base.records import GATED_STAGES, STAGES, Run
 from sevenfold.verify import charts, data_card, lineage, report_text, standing
 
 MAX_EVENTS_SHOWN = 12
+MAX_VALUES_SHOWN = 6
 MAX_SAMPLES_OPEN = 12
 SHOWN_ELSEWHERE = frozenset(
     ("step", "tokens", "lr", "grad_norm", "tok_s", "mfu", "mem_gib", "seq_len", "elapsed_s")
@@ -37,7 +38,7 @@ TITLES = {
 EVENT_NAMES = {
     "skip": "step skipped",
     "oom": "recovered from lack of memory",
-    "rewind": "rolled back",
+    "rollback": "went back to a checkpoint, past bad data",
     "resume": "resumed",
 }
 
@@ -169,7 +170,7 @@ def _events(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "step": row.get("step"),
             "name": EVENT_NAMES.get(str(row["event"]), str(row["event"])),
             "details": [
-                (key.replace("_", " "), "not finite" if value is None else value)
+                (key.replace("_", " "), _shown(value))
                 for key, value in row.items()
                 if key not in ("event", "step")
             ],
@@ -178,6 +179,16 @@ def _events(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     ]
     counts = [(EVENT_NAMES.get(kind, kind), number) for kind, number in kinds.items()]
     return {"shown": shown, "counts": counts, "hidden": len(events) - len(shown)}
+
+
+def _shown(value: object) -> object:
+    """Return an event's detail in the form in which the page shows it."""
+    if value is None:
+        return "not finite"
+    if not isinstance(value, list):
+        return value
+    more = len(value) - MAX_VALUES_SHOWN
+    return ", ".join(map(str, value[:MAX_VALUES_SHOWN])) + (f" and {more} more" if more > 0 else "")
 
 
 def _forced(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

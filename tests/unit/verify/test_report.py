@@ -258,7 +258,8 @@ def write_example(folder):
     ships = write_rows(run, "lora", tokenizer, sources=[talks], rows=3000)
     model = write_stage(run, "init", {"tokenizer": tokenizer})
     events = [
-        {"step": 700, "event": "skip", "loss": 9e9, "grad_norm": 99.5},
+        {"step": 700, "event": "skip", "why": "loss 9 is odd", "rows": list(range(40, 49))},
+        {"step": 600, "event": "rollback", "num_batches_passed_over": 104},
         {"step": 1300, "event": "oom", "micro_batch": 8, "seq_len": 128},
         {"step": 1800, "event": "resume"},
     ]
@@ -443,7 +444,8 @@ def test_a_long_list_of_events_is_cut_with_a_note(tmp_path):
 
 def test_events_are_listed(page):
     text = words(page.text)
-    assert "step 700 step skipped" in text
+    assert "step 700 step skipped why loss 9 is odd rows 40, 41, 42, 43, 44, 45 and 3 more" in text
+    assert "step 600 went back to a checkpoint, past bad data num batches passed over 104" in text
     assert "step 1,300 recovered from lack of memory micro batch 8 seq len 128" in text
     assert "step 1,800 resumed" in text
 
