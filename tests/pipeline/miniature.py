@@ -142,6 +142,7 @@ def sevenfold(
     faults: str = "",
     timeout_s: float = 300,
     program: tuple[str, str] = ("-m", "sevenfold.workflow.cli"),
+    cwd: Path = REPOSITORY,
 ) -> subprocess.CompletedProcess[str]:
     """Run a verb as people do, in a process of its own."""
     environment = {
@@ -156,6 +157,6 @@ def sevenfold(
         text=True,
         timeout=timeout_s,
         env=environment,
-        cwd=REPOSITORY,
+        cwd=cwd,
         check=False,
     )

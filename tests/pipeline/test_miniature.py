@@ -65,6 +65,7 @@ def test_the_whole_run_leaves_what_is_promised(unbroken: Path) -> None:
     assert not list(run.rglob(".*.partial-*"))
 
 
+@pytest.mark.fault("C17")
 def test_the_same_command_again_does_nothing(copy: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")}
     again = sevenfold("run", "--run", copy, "--gates", copy.parent / "gates.yaml")
@@ -73,16 +74,18 @@ def test_the_same_command_again_does_nothing(copy: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")}
 
 
+@pytest.mark.fault("A02", "A05", "C01", "K10")
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("fault", ["kill@step=7", "term@step=6:phase=backward"])
 def test_stopped_in_a_step_the_same_command_ends_with_the_same_model(
     copy: Path, unbroken: Path, stage: str, fault: str
 ) -> None:
+    """The second time from another folder, with the run named from there."""
     without(copy, stage)
     stopped = sevenfold(stage, "--run", copy, faults=fault)
     killed = fault.startswith("kill")
     assert stopped.returncode == (-signal.SIGKILL if killed else 75), stopped.stderr
-    again = sevenfold(stage, "--run", copy)
+    again = sevenfold(stage, "--run", copy.name, cwd=copy.parent)
     assert again.returncode == 0, again.stderr
     assert f"resuming from step {4 if killed else 6}" in again.stdout
     assert losses(copy, stage) == losses(unbroken / "run", stage)
@@ -97,6 +100,7 @@ def test_stopped_in_the_last_step_the_stage_is_finished_and_the_run_stops(copy: 
     assert sevenfold("dpo", "--run", copy).returncode == 0
 
 
+@pytest.mark.fault("A02")
 @pytest.mark.fault("J02")
 @pytest.mark.parametrize("operation", [5, 19, 33, 47])
 def test_killed_at_a_file_operation_the_same_command_ends_with_the_same_model(
@@ -253,6 +257,7 @@ def test_3_a_refusing_gate_stops_the_run_and_force_is_recorded(copy: Path) -> No
     assert "only a trial" in (copy / "report.html").read_text()
 
 
+@pytest.mark.fault("B02")
 def test_4_a_flipped_bit_in_a_promoted_model(copy: Path) -> None:
     without(copy, "sft")
     path = copy / "pretrain" / "model" / "model.safetensors"
@@ -304,6 +309,7 @@ def test_4_an_empty_message_names_file_line_and_field(copy: Path, tmp_path: Path
     assert (copy / "data" / "sft" / "manifest.json").read_bytes() == before
 
 
+@pytest.mark.fault("B01")
 def test_5_all_checkpoints_damaged(copy: Path) -> None:
     without(copy, "sft")
     assert sevenfold("sft", "--run", copy, faults="kill@step=9").returncode == -signal.SIGKILL
@@ -316,6 +322,7 @@ def test_5_all_checkpoints_damaged(copy: Path) -> None:
     assert "--no-resume" in asked.stderr
 
 
+@pytest.mark.fault("D01")
 def test_6_numbers_that_are_not_finite(copy: Path) -> None:
     without(copy, "dpo")
     asked = sevenfold("dpo", "--run", copy, faults="nan@step=3")
@@ -323,6 +330,7 @@ def test_6_numbers_that_are_not_finite(copy: Path) -> None:
     assert "smaller schedule.peak_lr" in asked.stderr
 
 
+@pytest.mark.fault("E02")
 def test_7_out_of_memory_at_micro_batch_one(copy: Path) -> None:
     without(copy, "lora")
     asked = sevenfold("lora", "--run", copy, "--enable-oom-recovery", faults="oom@step=2:times=9")

@@ -104,6 +104,7 @@ def describe(run: Run) -> dict[str, Any]:
         "code": str(run.facts.get("code", "unknown")),
         "versions": dict(run.facts.get("versions") or {}),
         "commands": _commands(run, stages),
+        "rounded": [stage["title"] for stage in stages if not stage["bit_identical"]],
         "recipe": yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True),
     }
 
@@ -125,6 +126,7 @@ def _stage(run: Run, name: str) -> dict[str, Any]:
         "forced": record.get("forced"),
         "forced_promotions": record.get("forced_promotions", []),
         "external": record.get("external") is True,
+        "bit_identical": record.get("bit_identical") is not False,
         "elapsed_s": charts.finite(record.get("elapsed_s")),
         "evaluation_s": charts.finite(evaluation.get("elapsed_s")),
         "gpu": report_text.device(record.get("gpu"), record.get("num_gpus")),

@@ -287,6 +287,7 @@ def close(job: Job, bench: loop.Workbench, last: Mapping[str, Any], **facts: Any
         "finished_at_s": time.time(),
         "gpu": gpu["name"],
         "num_gpus": gpu["num_gpus"],
+        "bit_identical": job.config.deterministic or gpu["num_gpus"] == 0,
         "gpu_hours": hours if gpu["num_gpus"] else 0.0,
         "cost": hours * price if gpu["num_gpus"] and price is not None else None,
         "seed": job.recipe.seed,

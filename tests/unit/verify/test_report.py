@@ -442,6 +442,17 @@ def test_a_long_list_of_events_is_cut_with_a_note(tmp_path):
     assert "and 48 more in pretrain/metrics.jsonl" in text
 
 
+@pytest.mark.fault("C16")
+def test_the_fast_mode_of_a_gpu_is_labelled(tmp_path):
+    run = start_run(tmp_path / "run")
+    write_stage(run, "pretrain", {})
+    assert "equal up to rounding" not in words(page_of(run)[0].text)
+    record = run.record("pretrain")
+    run.write_record("pretrain", {**record, "bit_identical": False})
+    text = words(page_of(run)[0].text)
+    assert "Pretraining ran in the fast mode of a GPU, so the numbers come out equal up to" in text
+
+
 def test_events_are_listed(page):
     text = words(page.text)
     assert "step 700 step skipped why loss 9 is odd rows 40, 41, 42, 43, 44, 45 and 3 more" in text
