@@ -7,6 +7,7 @@ to exactly the model's vocabulary, so that every row of the embedding has a toke
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -110,8 +111,13 @@ def _fill_up(backend: Any, vocab_size: int) -> None:
     from tokenizers import AddedToken
 
     missing = vocab_size - backend.get_vocab_size()
+    names = (f"<|reserved_{number}|>" for number in itertools.count())
+    free = (name for name in names if backend.token_to_id(name) is None)
     backend.add_special_tokens(
-        [AddedToken(f"<|reserved_{n}|>", special=True, normalized=False) for n in range(missing)]
+        [
+            AddedToken(name, special=True, normalized=False)
+            for name in itertools.islice(free, missing)
+        ]
     )
 
 

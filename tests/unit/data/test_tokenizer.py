@@ -121,6 +121,14 @@ def test_impossible_settings_are_refused(facts: dict[str, int], advice: str) -> 
     assert advice in str(caught.value)
 
 
+def test_one_of_ours_is_taken_over_into_a_larger_vocabulary(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.save_pretrained(str(tmp_path))
+    made = adopt_tokenizer(config(vocab_size=450, path=str(tmp_path)))
+    assert len(made) == 450
+    assert len(reserved_ids(made)) == len(reserved_ids(tokenizer)) + 50
+    assert made.get_vocab().items() > tokenizer.get_vocab().items()
+
+
 @needs_shared
 def test_a_tokenizer_without_chat_gets_ours(tmp_path: Path) -> None:
     folder = SHARED / "model" / "stories260K_hf"
