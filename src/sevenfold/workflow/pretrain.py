@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sevenfold.base import records, storage
+from sevenfold.base.errors import UsageError
 from sevenfold.data.batches import PackedText
 from sevenfold.data.shards import open_shards
 from sevenfold.model import llama
@@ -32,6 +33,8 @@ def pretrain(run: records.Run, recipe: Recipe, options: training.StageOptions) -
     if tokenizer is not None and not source.external:
         training.require_same_tokenizer(run, source)
         known = str(storage.read_manifest(run.tokenizer)["fingerprint"])
+    elif tokenizer is not None and options.data is None:
+        require_same_ids(run, source, tokenizer)
     data_folder = options.data or run.data("packed")
     shards = open_shards(
         data_folder,
@@ -97,3 +100,21 @@ def _tokenizer_of(source: records.Source) -> Any:
     if not (source.folder / "tokenizer.json").is_file():
         return None
     return llama.load_tokenizer(source.folder)
+
+
+def require_same_ids(run: records.Run, source: records.Source, tokenizer: Any) -> None:
+    """Refuse a model from outside for which the run's ids stand for other pieces of text.
+
+    The run's tokenizer may have more entries, such as those that were added when it was taken over.
+
+    Errors:
+        UsageError: naming an entry.
+    """
+    own = llama.load_tokenizer(run.tokenizer).get_vocab()
+    for piece, token_id in sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]):
+        if own.get(piece) != token_id:
+            raise UsageError(
+                f"{source.folder}: another tokenizer than the run's, for which id {token_id} is "
+                f"not {piece!r}; set tokenizer.path to this folder and run "
+                f"{prepared.SCRIPTS['packed']} again, or give rows packed with it by --data"
+            )

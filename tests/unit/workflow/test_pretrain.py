@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,11 +13,14 @@ import pytest
 from tests.pipeline import miniature
 
 from sevenfold.base import storage
-from sevenfold.base.errors import CheckpointError
+from sevenfold.base.errors import CheckpointError, UsageError
+from sevenfold.base.records import Run, Source
+from sevenfold.data.tokenizer import TokenizerConfig, adopt_tokenizer, train_tokenizer
 from sevenfold.workflow import prepared, training
 from sevenfold.workflow import recipe as recipes
-from sevenfold.workflow.pretrain import pretrain
+from sevenfold.workflow.pretrain import pretrain, require_same_ids
 
+CONFIG = TokenizerConfig(vocab_size=320, path=None, max_digits=1, sample_characters=1000)
 SHARDS = ("a.npy", "b.npy", "validation.npy")
 
 
@@ -98,3 +102,26 @@ def test_the_same_shards_are_gone_on_with_and_others_when_starting_again(
     train(folder)
     noted = storage.read_json(folder / "run" / "pretrain" / prepared.DATA_FILES)
     assert noted["b.npy"] == storage.sha256_file(folder / "packed" / "b.npy")
+
+
+def make_tokenizer(text: str, size: int) -> Any:
+    return train_tokenizer([text] * 9, dataclasses.replace(CONFIG, vocab_size=size))
+
+
+@pytest.mark.fault("G08")
+def test_a_model_from_outside_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    """Its ids would stand for other words than those in the packed rows."""
+    run = Run(folder=tmp_path / "run", facts={})
+    theirs = make_tokenizer("The red lamp is on the table.", 300)
+    theirs.save_pretrained(str(tmp_path / "outside"))
+    taken_over = dataclasses.replace(CONFIG, path=str(tmp_path / "outside"))
+    adopt_tokenizer(taken_over).save_pretrained(str(run.tokenizer))
+    source = Source(folder=tmp_path / "outside", fingerprint="x", stage="external", external=True)
+    require_same_ids(run, source, theirs)
+    make_tokenizer("A big ship sails to the harbour.", 320).save_pretrained(str(run.tokenizer))
+    with pytest.raises(
+        UsageError,
+        match=r"outside: another tokenizer than the run's, for which id \d+ is not .*; set "
+        r"tokenizer\.path to this folder and run scripts/03_tokenize_and_pack\.py again, or give",
+    ):
+        require_same_ids(run, source, theirs)
