@@ -170,7 +170,7 @@ def own_recipe(folder: Path) -> Any:
 STEPS: dict[str, tuple[str, ...]] = {
     "download": ("data/raw",),
     "clean": ("data/clean",),
-    "tokenize_and_pack": ("tokenizer", "data/packed"),
+    "tokenize_and_pack": ("data/packed",),
     "prepare_sft": ("data/sft",),
 }
 
