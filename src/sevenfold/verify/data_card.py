@@ -8,7 +8,11 @@ from typing import Any
 
 from sevenfold.base.records import Run
 from sevenfold.verify.charts import finite
-from sevenfold.verify.lineage import DATA_FOLDERS, read_manifest_if_there
+from sevenfold.verify.lineage import (
+    DATA_FOLDERS,
+    read_manifest_if_there,
+    read_record_if_there,
+)
 
 AMOUNTS = ("documents", "rows", "tokens", "bytes")
 LEFT_OUT = ("rejected", "truncated")
@@ -39,18 +43,23 @@ class Prepared:
 def sources(run: Run) -> list[DataSource]:
     """Return the sources that were read, each where it first came in.
 
-    Folders made from other folders repeat their sources; those are not listed again.
+    Folders made from other folders repeat their sources; those are not listed again. Packed rows
+    from outside stand in the record of the stage that was trained on them.
     """
     found = []
     for folder, label in DATA_FOLDERS.items():
         if folder in ("clean", "packed") and read_manifest_if_there(run.data("raw")) is not None:
             continue
         manifest = read_manifest_if_there(run.data(folder)) or {}
-        listed = manifest.get("sources")
-        for source in listed if isinstance(listed, list) else ():
-            if isinstance(source, Mapping):
-                found.append(_source(run, source, label))
+        found += _listed(run, manifest.get("sources"), label)
+    given = read_record_if_there(run, "pretrain").get("data_sources")
+    found += _listed(run, given, DATA_FOLDERS["packed"])
     return list(dict.fromkeys(found))
+
+
+def _listed(run: Run, sources: Any, label: str) -> list[DataSource]:
+    listed = sources if isinstance(sources, list) else []
+    return [_source(run, source, label) for source in listed if isinstance(source, Mapping)]
 
 
 def _source(run: Run, source: Mapping[str, Any], label: str) -> DataSource:

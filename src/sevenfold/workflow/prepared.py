@@ -149,6 +149,19 @@ def note_files(stage_folder: Path, files: Mapping[str, str]) -> None:
         storage.write_json(stage_folder / DATA_FILES, dict(files))
 
 
+def packed_sources(folder: Path, num_rows: int) -> list[dict[str, Any]]:
+    """Return what a record says about packed rows given with ``--data``.
+
+    The sources in the folder's own manifest where it has one; else the folder, licence unknown.
+    """
+    if (folder / storage.MANIFEST).is_file():
+        listed = storage.read_manifest(folder).get("sources")
+        if isinstance(listed, list) and listed:
+            return listed
+    unknown = {"licence": "unknown (given with --data)", "rows": num_rows}
+    return [{"name": folder.name, "location": str(folder), **unknown}]
+
+
 def say(folder: Path, text: str) -> None:
     """Print a line about a prepared folder."""
     print_line(f"{folder}: {text}")

@@ -9,7 +9,7 @@ from typing import Any
 from sevenfold.base import records, storage
 from sevenfold.base.errors import UsageError
 from sevenfold.data.batches import PackedText
-from sevenfold.data.shards import open_shards
+from sevenfold.data.shards import PackedShards, open_shards
 from sevenfold.model import llama
 from sevenfold.objective.next_token import NEXT_TOKEN
 from sevenfold.train import parallel
@@ -29,21 +29,7 @@ def pretrain(run: records.Run, recipe: Recipe, options: training.StageOptions) -
         _initialize_for_ids(run, recipe, options.data)
     source = training.open_source(run, "init", options)
     tokenizer = _tokenizer_of(source)
-    known = None
-    if tokenizer is not None and not source.external:
-        training.require_same_tokenizer(run, source)
-        known = str(storage.read_manifest(run.tokenizer)["fingerprint"])
-    elif tokenizer is not None and options.data is None:
-        require_same_ids(run, source, tokenizer)
-    data_folder = options.data or run.data("packed")
-    shards = open_shards(
-        data_folder,
-        vocab_size=recipe.model.vocab_size if tokenizer is None else len(tokenizer),
-        min_length=config.longest_context,
-        tokenizer_fingerprint=known,
-    )
-    if options.resume:
-        prepared.require_same_files(run.stage("pretrain"), data_folder, shards.files)
+    shards = _open_shards(run, recipe, options, source, tokenizer)
     job = training.open_job(
         run,
         recipe,
@@ -74,7 +60,37 @@ def pretrain(run: records.Run, recipe: Recipe, options: training.StageOptions) -
     last = workbench.train(job, bench)
     training.export(job, bench)
     if job.processes.is_main:
-        training.close(job, bench, last)
+        facts: dict[str, Any] = {}
+        if options.data is not None:
+            num_rows = shards.train.num_rows + shards.validation.num_rows
+            facts["data_sources"] = prepared.packed_sources(options.data, num_rows)
+        training.close(job, bench, last, **facts)
+
+
+def _open_shards(
+    run: records.Run,
+    recipe: Recipe,
+    options: training.StageOptions,
+    source: records.Source,
+    tokenizer: Any,
+) -> PackedShards:
+    """Open the packed rows, once it is sure that their ids are the model's."""
+    known = None
+    if tokenizer is not None and not source.external:
+        training.require_same_tokenizer(run, source)
+        known = str(storage.read_manifest(run.tokenizer)["fingerprint"])
+    elif tokenizer is not None and options.data is None:
+        require_same_ids(run, source, tokenizer)
+    folder = options.data or run.data("packed")
+    shards = open_shards(
+        folder,
+        vocab_size=recipe.model.vocab_size if tokenizer is None else len(tokenizer),
+        min_length=recipe.pretrain.longest_context,
+        tokenizer_fingerprint=known,
+    )
+    if options.resume:
+        prepared.require_same_files(run.stage("pretrain"), folder, shards.files)
+    return shards
 
 
 def _initialize_for_ids(run: records.Run, recipe: Recipe, folder: Path) -> None:

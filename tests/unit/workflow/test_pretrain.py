@@ -16,6 +16,7 @@ from sevenfold.base import storage
 from sevenfold.base.errors import CheckpointError, UsageError
 from sevenfold.base.records import Run, Source
 from sevenfold.data.tokenizer import TokenizerConfig, adopt_tokenizer, train_tokenizer
+from sevenfold.verify import data_card
 from sevenfold.workflow import prepared, training
 from sevenfold.workflow import recipe as recipes
 from sevenfold.workflow.pretrain import pretrain, require_same_ids
@@ -102,6 +103,18 @@ def test_the_same_shards_are_gone_on_with_and_others_when_starting_again(
     train(folder)
     noted = storage.read_json(folder / "run" / "pretrain" / prepared.DATA_FILES)
     assert noted["b.npy"] == storage.sha256_file(folder / "packed" / "b.npy")
+
+
+@pytest.mark.fault("L08")
+def test_packed_rows_from_outside_stand_in_the_data_card(trained: Path, tmp_path: Path) -> None:
+    run = Run(folder=trained / "run", facts={})
+    (shown,) = data_card.sources(run)
+    assert (shown.name, shown.licence, shown.amount, shown.unit) == ("packed", "", 24, "rows")
+    assert run.record("pretrain")["data_sources"][0]["licence"] == "unknown (given with --data)"
+    known = [{"name": "books", "location": "texts", "licence": "CC0-1.0", "documents": 3}]
+    with storage.new_folder(tmp_path / "ours", kind="packed", sources=known):
+        pass
+    assert prepared.packed_sources(tmp_path / "ours", 24) == known
 
 
 def make_tokenizer(text: str, size: int) -> Any:
