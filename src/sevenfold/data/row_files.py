@@ -22,6 +22,7 @@ from sevenfold.data.strict_json import (
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".csv")
 COMPRESSIONS = (".gz", ".zst")
+MAX_WHOLE_BYTES = 2**30
 
 
 def kind_of_file(path: Path) -> str:
@@ -49,16 +50,29 @@ def read_file(path: Path) -> Iterator[tuple[Values, str]]:
     kind = kind_of_file(path)
     with open_compressed(path) as file:
         if kind == ".txt":
-            yield {"text": decode_lines(_without_mark(file.read()), str(path))}, str(path)
+            yield {"text": decode_lines(_without_mark(_whole(file, path)), str(path))}, str(path)
         elif kind == ".jsonl":
             yield from read_json_lines(file, str(path))
         elif kind == ".json":
-            yield from read_json_list(file.read(), str(path))
+            yield from read_json_list(_whole(file, path), str(path))
         elif kind == ".csv":
-            yield from _read_csv(_without_mark(file.read()), str(path))
+            yield from _read_csv(_without_mark(_whole(file, path)), str(path))
         else:
-            inner = io.BytesIO(file.read()) if path.suffix in COMPRESSIONS else path
+            inner = io.BytesIO(_whole(file, path)) if path.suffix in COMPRESSIONS else path
             yield from _read_parquet(inner, str(path))
+
+
+def _whole(file: BinaryIO, path: Path) -> bytes:
+    """Return all bytes of a file that cannot be read line by line, however well it is packed."""
+    data = io.BytesIO()
+    while piece := file.read(2**20):
+        data.write(piece)
+        if data.tell() > MAX_WHOLE_BYTES:
+            raise BadDataError(
+                f"{path}: holds more than {MAX_WHOLE_BYTES} bytes; cut it into several files, or "
+                "give .jsonl, which is read line by line"
+            )
+    return data.getvalue()
 
 
 def _without_mark(data: bytes) -> bytes:

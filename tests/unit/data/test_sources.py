@@ -13,6 +13,7 @@ import zstandard
 
 from sevenfold.base.config import build
 from sevenfold.base.errors import BadDataError, UsageError
+from sevenfold.data import row_files
 from sevenfold.data.rows import read_examples
 from sevenfold.data.sources import (
     SourceConfig,
@@ -261,6 +262,18 @@ def test_a_row_of_50_mb_is_refused_in_bounded_memory(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 100 * 2**20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.fault("H11")
+@pytest.mark.parametrize("suffix", [".json", ".csv", ".parquet", ".txt"])
+def test_a_packed_file_that_grows_beyond_bounds_is_refused(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_files, "MAX_WHOLE_BYTES", 10**6)
+    path = tmp_path / f"a{suffix}.gz"
+    path.write_bytes(gzip.compress(bytes(10**7)))
+    with pytest.raises(BadDataError, match=r"gz: holds more than 1000000 bytes; cut it into sev"):
+        texts(path)
 
 
 def test_a_damaged_table_is_named(tmp_path: Path) -> None:
