@@ -43,11 +43,13 @@ class _Renderer:
         """Start the process and wait until it is ready."""
         self.owner = os.getpid()
         self.pipe, theirs = Pipe()
-        search = os.pathsep.join(path for path in sys.path if path)
+        search = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        if "LD_LIBRARY_PATH" in os.environ:  # some installations find their libraries by it
+            search["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "sevenfold.data.template_sandbox", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
-            env={"PYTHONPATH": search, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            env={**search, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sevenfold.base import storage
-from sevenfold.base.errors import UsageError
+from sevenfold.base.errors import BadDataError, UsageError
 from sevenfold.base.records import Run, Source
 from sevenfold.workflow import prepare, prepared, training
 
@@ -43,6 +43,13 @@ def source(run: Run, stage: str) -> Source:
 def test_rows_and_model_of_one_tokenizer_are_opened(run: Run) -> None:
     found = training.open_rows(run, RECIPE, "sft", source(run, "pretrain"))
     assert found == storage.read_manifest(run.data("sft"))["fingerprint"]
+
+
+@pytest.mark.fault("C12")
+def test_rows_that_were_changed_are_refused_by_name(run: Run) -> None:
+    (run.data("sft") / "rows").write_text("rowz")
+    with pytest.raises(BadDataError, match=r"data/sft/rows: its SHA-256 is not the manifest's"):
+        training.open_rows(run, RECIPE, "sft", source(run, "pretrain"))
 
 
 def test_a_tokenizer_made_anew_after_the_model_is_refused(run: Run) -> None:
