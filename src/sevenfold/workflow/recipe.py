@@ -170,7 +170,8 @@ def resolve(
     then ``overrides`` (``section.key=value``) are applied. ``save`` writes the run down.
 
     Errors:
-        UsageError: an unknown preset or key, a wrong value, or another preset than the run's.
+        UsageError: an unknown preset or key, a wrong value, another preset than the run's, or a
+            folder that holds other things than a run.
     """
     folder = run_folder or Path("runs") / _preset_name(preset, config_file)
     if (folder / "run.json").is_file():
@@ -184,12 +185,24 @@ def resolve(
         found = Document(run.recipe, str(folder / "run.json"), {})
         values = found if config_file is None else read_yaml(config_file)
     else:
+        _require_unused(folder)
         preset = _preset_name(preset, config_file)
         values = read_yaml(config_file or preset_file(preset))
     recipe = build(Recipe, _assemble(values, overrides))
     plain = to_plain(recipe)
     facts = {"preset": preset, "recipe": plain, "fingerprint": fingerprint(plain)}
     return Run(folder=folder, facts=facts), recipe
+
+
+def _require_unused(folder: Path) -> None:
+    """Refuse a folder of somebody's files: a step would put its own in the place of data/raw."""
+    for path in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden:
+            raise UsageError(
+                f"{folder}: no run.json here, but other files ({path.relative_to(folder)}); name "
+                "a new or empty folder, or an existing run, with --run"
+            )
 
 
 def _preset_name(preset: str | None, config_file: Path | None) -> str:

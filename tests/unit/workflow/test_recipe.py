@@ -122,6 +122,18 @@ def test_an_existing_run_supplies_preset_and_recipe(place: Path) -> None:
     assert changed.seed == 9
 
 
+@pytest.mark.fault("K09")
+def test_a_folder_of_other_files_is_no_run(place: Path) -> None:
+    theirs = place / "project" / "data" / "raw" / "mine.csv"
+    theirs.parent.mkdir(parents=True)
+    (place / "project" / ".lock").touch()
+    assert recipes.resolve(run_folder=place / "project")[0].preset == "demo"
+    theirs.write_text("years of work")
+    message = r"project: no run\.json here, but other files \(data/raw/mine\.csv\); name a new or"
+    with pytest.raises(UsageError, match=message):
+        recipes.resolve(run_folder=place / "project")
+
+
 def test_a_broken_run_is_named_by_its_file(place: Path) -> None:
     run, _ = recipes.resolve()
     recipes.save(run)
