@@ -38,13 +38,17 @@ def report(options: argparse.Namespace) -> None:
 
 
 def lineage(options: argparse.Namespace) -> None:
-    """Print every artifact with what it was made from."""
+    """Print every artifact with what it was made from, and every gate that was gone past."""
     run = open_run(options.run)
     rows = []
     for artifact in lineages.trace(run):
         parents = [f"{p.name} ({p.state}, {p.fingerprint[:12]})" for p in artifact.parents]
         rows.append([artifact.name, artifact.fingerprint[:12], ", ".join(parents) or "-"])
     console.print_table(f"lineage of {run.folder}", ["artifact", "fingerprint", "from"], rows)
+    for stage in GATED_STAGES:
+        for gate in lineages.read_record_if_there(run, stage).get("forced_promotions", ()):
+            said = f"{stage} rests on {gate['stage']}, whose gate was gone past: {gate['reason']}"
+            console.print_line(said, style="yellow")
 
 
 def verify(options: argparse.Namespace) -> None:

@@ -51,6 +51,17 @@ def test_lineage_follows_fingerprints(run: Run, capsys: pytest.CaptureFixture[st
     assert "outside" in printed
 
 
+@pytest.mark.fault("K13")
+def test_lineage_tells_which_gates_were_gone_past(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    past = [{"stage": "pretrain", "reason": "a trial"}]
+    run.write_record("sft", {**run.record("sft"), "forced_promotions": past})
+    assert cli.execute(["lineage", str(run.folder)]) == 0
+    said = "sft rests on pretrain, whose gate was gone past: a trial"
+    assert said in capsys.readouterr().out
+
+
 def test_watch_shows_the_newest_step(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.execute(["watch", str(run.folder), "--once"]) == 0
     assert capsys.readouterr().out == "sft step 20  loss 1.2500  2,000 tok/s\n"
