@@ -114,8 +114,8 @@ WRITING_METHODS = {
     "write_bytes", "write_table", "write_text",
 }  # fmt: skip
 WRITING_FUNCTIONS = re.compile(
-    r"os\.(chmod|chown|ftruncate|link|makedirs|mkdir|mkfifo|open|pwrite|remove|removedirs|rename|"
-    r"renames|replace|rmdir|symlink|truncate|unlink|write)"
+    r"os\.(chmod|chown|ftruncate|link|makedirs|mkdir|mkfifo|open|remove|removedirs|rename|"
+    r"renames|replace|rmdir|symlink|truncate|unlink)"
     r"|shutil\.(copy\w*|make_archive|move|rmtree|unpack_archive|chown)"
     r"|(numpy|torch)\.(save\w*|memmap)|(json|yaml|pickle|marshal)\.dump"
     r"|safetensors\.\w+\.save\w*|huggingface_hub\.save\w*|tempfile\.\w+"
