@@ -91,7 +91,8 @@ def export(options: argparse.Namespace) -> None:
     if target.exists():
         raise UsageError(f"{target}: exists already; name a new folder")
     manifest = storage.verify_folder(source, exact=True)
-    with storage.new_folder(target, kind="model", exported_from=str(source)) as folder:
+    origin = f"{run.folder.resolve().name}/{options.stage}"
+    with storage.new_folder(target, kind="model", exported_from=origin) as folder:
         for file in manifest["files"]:
             destination = folder / file["path"]
             destination.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ def require_known_gates(run: Run, recipe: Recipe, gates_file: Path) -> gates.Gat
     A section ``custom`` that is not the run's own may use the names of every preset.
 
     Errors:
-        UsageError: the file is malformed, has no section for the run, or an unknown name.
+        UsageError: the file is malformed, or holds an unknown name.
     """
     configs = {
         preset: _evaluate_section(recipes.preset_file(preset)) for preset in recipes.presets()

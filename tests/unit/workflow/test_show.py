@@ -83,7 +83,10 @@ def test_export_copies_checked_bytes_and_says_what_the_gate_said(
     assert "NOT promoted by its gate" in capsys.readouterr().out
     assert (target / "model.safetensors").read_bytes() == b"weights"
     original = storage.read_manifest(run.model("sft"))
-    assert storage.verify_folder(target)["fingerprint"] == original["fingerprint"]
+    copied = storage.verify_folder(target)
+    assert copied["fingerprint"] == original["fingerprint"]
+    # No path of this machine goes with it.
+    assert copied["exported_from"] == "run/sft"
     assert cli.execute(["export", str(run.folder), "sft", str(target)]) == 2
     assert "exists already; name a new folder" in capsys.readouterr().err
     assert cli.execute(["export", str(run.folder), "dpo", str(tmp_path / "x")]) == 2
