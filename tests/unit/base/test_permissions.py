@@ -96,6 +96,16 @@ def test_a_read_only_folder_is_refused_at_the_start(own: Path, closed: str) -> N
 
 
 @pytest.mark.fault("B13")
+def test_a_folder_that_cannot_be_made_is_refused(own: Path) -> None:
+    own.chmod(0o555)
+    with (
+        pytest.raises(UsageError, match=r"run: cannot be written \(Permission denied\); choose"),
+        storage.lock_run(own / "run"),
+    ):
+        pass
+
+
+@pytest.mark.fault("B13")
 def test_a_folder_that_closes_midway_is_explained(own: Path) -> None:
     storage.write_text(own / "a", "old")
     own.chmod(0o555)
