@@ -108,6 +108,13 @@ def operations_done() -> int:
     return _operations_done
 
 
+def start_counting() -> None:
+    """Count operations, and what faults have done, from here: for a child that was forked."""
+    global _operations_done
+    _operations_done = 0
+    _times_done.clear()
+
+
 def at_storage_operation(
     path: object = None, *, frees_room: bool = False, halve: Callable[[], None] | None = None
 ) -> None:

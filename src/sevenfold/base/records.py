@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import platform
 import re
@@ -125,6 +126,7 @@ def write_run(folder: Path, *, preset: str, recipe: Mapping[str, Any]) -> Run:
     return Run(folder=folder, facts=facts)
 
 
+@functools.cache
 def code_version() -> str:
     """Return the package version, and the git commit where the code is a checkout."""
     try:
@@ -141,7 +143,8 @@ def code_version() -> str:
     return f"{__version__}+{answer.stdout.strip()}" if answer.returncode == 0 else __version__
 
 
-def package_versions() -> dict[str, str]:
+@functools.cache
+def package_versions() -> Mapping[str, str]:
     """Return the versions of Python and of the packages that shape results."""
     installed = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
     versions = {name: installed[name] for name in (*PACKAGES, "torchao") if name in installed}

@@ -361,6 +361,7 @@ class JsonLines:
 
     def rewind(self, last_step: int) -> None:
         """Drop every row of a step after ``last_step``, so that each step stands once."""
+        sweep(self.path.parent)
         if self.path.exists():
             rows = [row for row in self.read() if row.get("step", 0) <= last_step]
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -176,6 +176,16 @@ def _target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", type=Path, metavar="DIR", help="new folder to make")
 
 
+def _selftest(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", metavar="WHAT", type=_one_of(("faults",)), help="faults")
+    parser.add_argument(
+        "--soak", action="store_true", help="kill the real commands too, ten times a stage"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="write the table as Markdown, too"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Verb:
     """One command: its name, what it does, the function that does it, and its flags."""
@@ -226,6 +236,12 @@ _TABLE = (
         "copy a stage's model to a folder of its own",
         f"{_SHOW}:export",
         (_existing_run, _any_stage, _target),
+    ),
+    Verb(
+        "selftest",
+        "break small runs in every way that must do no harm",
+        "sevenfold.workflow.selftest:selftest",
+        (_selftest, _debug),
     ),
     Verb("doctor", "what this machine can do, what is missing", f"{_SHOW}:doctor", (_debug,)),
 )
