@@ -100,8 +100,7 @@ def test_stopped_in_the_last_step_the_stage_is_finished_and_the_run_stops(copy: 
     assert sevenfold("dpo", "--run", copy).returncode == 0
 
 
-@pytest.mark.fault("A02")
-@pytest.mark.fault("J02")
+@pytest.mark.fault("A02", "C14", "J02")
 @pytest.mark.parametrize("operation", [5, 19, 33, 47])
 def test_killed_at_a_file_operation_the_same_command_ends_with_the_same_model(
     copy: Path, unbroken: Path, operation: int
@@ -309,7 +308,7 @@ def test_4_an_empty_message_names_file_line_and_field(copy: Path, tmp_path: Path
     assert (copy / "data" / "sft" / "manifest.json").read_bytes() == before
 
 
-@pytest.mark.fault("B01")
+@pytest.mark.fault("B01", "B04")
 def test_5_all_checkpoints_damaged(copy: Path) -> None:
     without(copy, "sft")
     assert sevenfold("sft", "--run", copy, faults="kill@step=9").returncode == -signal.SIGKILL

@@ -78,9 +78,9 @@ def sync_directory(folder: Path) -> None:
         os.close(descriptor)
 
 
-def rename(path: Path, target: Path) -> None:
+def rename(path: Path, target: Path, *, frees_room: bool = False) -> None:
     """Give ``path`` another name, in place of the file that may have it."""
-    faults.at_storage_operation(path)
+    faults.at_storage_operation(path, frees_room=frees_room)
     path.replace(target)
 
 
@@ -119,7 +119,7 @@ def refusal(
     where = target if ours or named is None else named
     if error.errno in _FULL:
         free = shutil.disk_usage(next(p for p in where.absolute().parents if p.exists())).free
-        written = _size(temporary) if temporary is not None else 0
+        written = 0 if temporary is None else _size(temporary)
         needs = f"more than {written:,}" if needed_bytes is None else f"{needed_bytes:,}"
         return SevenfoldError(
             f"{where}: could not be {done} ({reason}): it needs {needs} bytes, {free + written:,} "

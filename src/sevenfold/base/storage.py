@@ -94,11 +94,11 @@ def _tell(
 
 
 @contextlib.contextmanager
-def _changing(path: Path, done: str = "written") -> Iterator[None]:
+def _changing(path: Path, done: str, needed_bytes: int = 0) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise disk.refusal(path, error, done=done) from error
+        raise disk.refusal(path, error, needed_bytes=needed_bytes, done=done) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -188,7 +188,7 @@ def remove_folder(folder: Path) -> None:
     try:
         with _changing(folder, "removed"):
             disk.remove_tree(doomed)
-            disk.rename(folder, doomed)
+            disk.rename(folder, doomed, frees_room=True)
             disk.remove_tree(doomed)
     finally:
         _in_progress.discard(doomed)
@@ -356,8 +356,9 @@ class JsonLines:
         """Append one object; numbers that are not finite become null."""
         finite = {k: not isinstance(v, float) or math.isfinite(v) for k, v in row.items()}
         clean = {k: v if finite[k] else None for k, v in row.items()}
-        with _changing(self.path):
-            disk.write(self.path, json.dumps(clean, allow_nan=False).encode() + b"\n", append=True)
+        line = json.dumps(clean, allow_nan=False).encode() + b"\n"
+        with _changing(self.path, "written", len(line)):
+            disk.write(self.path, line, append=True)
 
     def rewind(self, last_step: int) -> None:
         """Drop every row of a step after ``last_step``, so that each step stands once."""

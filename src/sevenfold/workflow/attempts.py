@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sevenfold.base.storage import JsonLines
+from sevenfold.train.checkpoint import Checkpoints
 from sevenfold.workflow import damage, toy
 from sevenfold.workflow.toy import Plan, Trace
 
@@ -210,7 +211,7 @@ def _difference(found: Ending, expected: Ending, except_steps: Sequence[int]) ->
 
 
 def _checkpoints(stage: Path) -> list[int]:
-    return toy.checkpoint.Checkpoints(stage / "checkpoints", keep=1).steps()
+    return Checkpoints(stage / "checkpoints", keep=1).steps()
 
 
 def _left_behind(plan: Plan, stage: Path) -> str:

@@ -88,7 +88,8 @@ def leftovers(stage: Path) -> None:
     (orphan / "manifest.json").unlink()
     (checkpoints / names[-1]).rename(checkpoints / f".{names[-1]}.replaced")
     (stage / ".metrics.jsonl.partial-77").write_text('{"step"')
-    (stage / "metrics.jsonl").open("a").write('{"step": 9, "lo')
+    with (stage / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
 
 
 def hidden_files(stage: Path) -> list[str]:

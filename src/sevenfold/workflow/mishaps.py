@@ -218,7 +218,7 @@ MISHAPS = (
     ),
     Mishap(
         name="five stops in one epoch and after its end",
-        rows=("A03", "C02", "C03"),
+        rows=("A03", "C02", "C03", "C18"),
         runs=_many_in_an_epoch,
     ),
     Mishap(

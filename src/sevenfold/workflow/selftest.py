@@ -79,7 +79,7 @@ def selftest(options: argparse.Namespace) -> None:
             lines += [_told(line) for line in soak.break_stages(Path(folder))]
     console.print_table("selftest faults", COLUMNS, [line.cells() for line in lines])
     if options.output is not None:
-        write_table(options.output, lines)
+        publish(options.output, lines)
         console.print_line(f"{options.output}: the table is written")
     require_all(lines)
 
@@ -125,7 +125,7 @@ def require_all(lines: Sequence[Line]) -> None:
         )
 
 
-def write_table(path: Path, lines: Sequence[Line]) -> None:
+def publish(path: Path, lines: Sequence[Line]) -> None:
     """Write the table to ``path``: in place of the one that is there, or as a new file."""
     before, after = _place_in(path)
     rows = [COLUMNS, ["---"] * len(COLUMNS), *(line.cells() for line in lines)]

@@ -40,6 +40,7 @@ def batches(**changes: Any) -> Batches:
     return Batches(PackedText(Table(), bos_id=0), **{**settings, **changes})
 
 
+@pytest.mark.fault("C02", "C04")
 def test_every_row_comes_once_an_epoch_and_epochs_differ() -> None:
     made = batches()
     order = np.concatenate([made.indices(step) for step in range(7)])
@@ -48,6 +49,7 @@ def test_every_row_comes_once_an_epoch_and_epochs_differ() -> None:
     assert epochs[0].tolist() != epochs[1].tolist()
 
 
+@pytest.mark.fault("C02")
 def test_a_step_does_not_depend_on_what_was_asked_before() -> None:
     forward, backward = batches(), batches()
     ahead = [forward.batch(step).inputs_bt for step in range(10)]
@@ -62,6 +64,7 @@ def test_prefetching_changes_nothing() -> None:
     assert step == 9
 
 
+@pytest.mark.fault("F03")
 def test_processes_share_each_batch_exactly() -> None:
     alone = batches(tokens_per_batch=32).batch(3).inputs_bt
     shares = [batches(tokens_per_batch=32, rank=r, world=2).batch(3).inputs_bt for r in (0, 1)]

@@ -42,6 +42,7 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     assert float(loaded.optimizer["a::step"]) == 3.0
 
 
+@pytest.mark.fault("B11")
 def test_only_the_newest_are_kept_whatever_their_times(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1, 2, 3)
     for step, moment in ((1, 9e8), (2, 1e9), (3, 1e8)):
@@ -56,6 +57,7 @@ def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "none", keep=1).load_latest() is None
 
 
+@pytest.mark.fault("B01", "B02", "B03", "B05")
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"]
 )
@@ -85,6 +87,7 @@ def test_a_damaged_file_is_named_and_the_one_before_is_used(
     assert checkpoints.steps() == [1, 2]
 
 
+@pytest.mark.fault("B04")
 def test_all_damaged_is_an_error_that_lists_each(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1, 2)
     for step in (1, 2):
@@ -93,6 +96,7 @@ def test_all_damaged_is_an_error_that_lists_each(tmp_path: Path) -> None:
         checkpoints.load_latest()
 
 
+@pytest.mark.fault("B04")
 def test_damaged_checkpoints_set_aside_before_are_no_fresh_start(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1)
     (checkpoints.path(1) / "state.json").write_text("{}")
@@ -101,6 +105,7 @@ def test_damaged_checkpoints_set_aside_before_are_no_fresh_start(tmp_path: Path)
             checkpoints.load_latest()
 
 
+@pytest.mark.fault("B06")
 def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1)
     (tmp_path / ".step-00000002.partial-77").mkdir()
@@ -115,6 +120,7 @@ def test_random_state_comes_back() -> None:
     assert torch.equal(first, torch.rand(3))
 
 
+@pytest.mark.fault("A01")
 def test_killed_at_any_file_operation_one_checkpoint_is_whole(tmp_path: Path) -> None:
     """Fork a child per crash point; each is killed somewhere in saving steps 1 and 2."""
     survived = 0

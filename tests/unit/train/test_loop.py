@@ -201,6 +201,7 @@ def signalling(made: loop.Workbench, stop_at: int) -> Objective:
     return Objective(weigh=objective.weigh, total=total)
 
 
+@pytest.mark.fault("C01", "C03", "C04", "C05")
 @pytest.mark.parametrize("stops", [(5,), (7, 11), (3, 9, 20)])
 def test_stopped_and_resumed_it_is_bit_identical(tmp_path: Path, stops: tuple[int, ...]) -> None:
     """Stops fall inside and across the curriculum boundary and the epoch boundary at step 5."""
@@ -218,6 +219,7 @@ def test_stopped_and_resumed_it_is_bit_identical(tmp_path: Path, stops: tuple[in
     assert_equal(weights(made), weights(unbroken))
 
 
+@pytest.mark.fault("C07")
 def test_a_crash_costs_only_the_steps_since_the_checkpoint(tmp_path: Path) -> None:
     unbroken = bench(tmp_path / "unbroken")
     loop.fit(unbroken)
@@ -231,6 +233,7 @@ def test_a_crash_costs_only_the_steps_since_the_checkpoint(tmp_path: Path) -> No
     assert_equal(weights(made), weights(unbroken))
 
 
+@pytest.mark.fault("C10", "D06")
 def test_micro_batch_and_accumulation_change_rounding_only(tmp_path: Path) -> None:
     results = []
     for micro_batch in (4, 2, 1):
@@ -242,6 +245,7 @@ def test_micro_batch_and_accumulation_change_rounding_only(tmp_path: Path) -> No
         assert np.allclose(results[0], other, rtol=2e-5)
 
 
+@pytest.mark.fault("E01")
 def test_out_of_memory_halves_and_goes_on_like_a_run_of_that_size(tmp_path: Path) -> None:
     small = bench(tmp_path / "small", config=dataclasses.replace(CONFIG, micro_batch=1))
     loop.fit(small)
@@ -258,12 +262,14 @@ def test_out_of_memory_without_recovery_says_which_flag_helps(tmp_path: Path) ->
         loop.fit(made)
 
 
+@pytest.mark.fault("E02")
 def test_out_of_memory_at_micro_batch_one_names_length_and_peak(tmp_path: Path) -> None:
     objective = failing(set(range(100)), torch.OutOfMemoryError("fake"))
     with pytest.raises(MemoryExhaustedError, match=r"micro-batch 1 \(step 1, seq_len 8, peak"):
         loop.fit(bench(tmp_path, objective=objective))
 
 
+@pytest.mark.fault("E07")
 def test_another_runtime_error_is_not_taken_for_out_of_memory(tmp_path: Path) -> None:
     made = bench(tmp_path, objective=failing({1}, RuntimeError("CUDA out of memory, it says")))
     with pytest.raises(RuntimeError, match="it says"):
@@ -283,6 +289,7 @@ def poisoned(steps: set[int]) -> tuple[Objective, list[Any]]:
     return Objective(weigh=NEXT_TOKEN.weigh, total=total), holder
 
 
+@pytest.mark.fault("D01")
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path: Path) -> None:
     objective, holder = poisoned({6})
     made = bench(tmp_path, objective=objective)
@@ -293,6 +300,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path: Path) -> Non
     assert [row["step"] for row in made.metrics.read() if row.get("event") == "skip"] == [7]
 
 
+@pytest.mark.fault("D01")
 def test_too_many_bad_steps_in_a_row_end_the_stage(tmp_path: Path) -> None:
     objective, holder = poisoned(set(range(6, 24)))
     made = bench(tmp_path, objective=objective)
@@ -302,6 +310,7 @@ def test_too_many_bad_steps_in_a_row_end_the_stage(tmp_path: Path) -> None:
     assert made.checkpoints.steps() == [5]
 
 
+@pytest.mark.fault("C11")
 def test_a_checkpoint_of_other_data_is_refused_by_field(tmp_path: Path) -> None:
     loop.fit(bench(tmp_path))
     made = bench(tmp_path, resume=False)
@@ -310,6 +319,7 @@ def test_a_checkpoint_of_other_data_is_refused_by_field(tmp_path: Path) -> None:
         resuming.resume(made)
 
 
+@pytest.mark.fault("C11")
 def test_a_harmless_setting_may_change(tmp_path: Path) -> None:
     loop.fit(bench(tmp_path))
     made = bench(tmp_path, resume=False)
@@ -318,6 +328,7 @@ def test_a_harmless_setting_may_change(tmp_path: Path) -> None:
     assert made.step == 24
 
 
+@pytest.mark.fault("C05")
 def test_validation_does_not_move_the_random_state(tmp_path: Path) -> None:
     made = bench(tmp_path)
     before = torch.get_rng_state()

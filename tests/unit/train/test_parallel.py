@@ -114,7 +114,7 @@ def test_two_processes_equal_one_to_rounding(alone: Path, tmp_path: Path) -> Non
     assert np.allclose(losses(alone), losses(tmp_path), rtol=1e-4)
 
 
-@pytest.mark.fault("C09")
+@pytest.mark.fault("B15", "C09")
 def test_a_checkpoint_goes_on_with_another_number_of_processes(
     alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
