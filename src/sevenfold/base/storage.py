@@ -344,10 +344,8 @@ class JsonLines:
 
     def read(self) -> list[dict[str, Any]]:
         """Return all complete lines."""
-        if not self.path.exists():
-            return []
         rows = []
-        for line in self.path.read_bytes().split(b"\n"):
+        for line in self.path.read_bytes().split(b"\n") if self.path.exists() else ():
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
         return rows
