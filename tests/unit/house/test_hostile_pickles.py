@@ -95,6 +95,7 @@ def test_the_payloads_are_real(tmp_path: Path, marker: Path) -> None:
         marker.rmdir()
 
 
+@pytest.mark.fault("B16")
 @pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"]
