@@ -70,8 +70,8 @@ def _making(target: Path, temporary: Path, needed_bytes: int | None) -> Iterator
     except BaseException as error:
         told = _tell(target, temporary, error, needed_bytes)
         with contextlib.suppress(OSError):
-            disk.remove_tree(temporary)
             _put_back(target)
+            disk.remove_tree(temporary)
         if told is not None:
             raise told from error
         raise
