@@ -16,7 +16,7 @@ from rich.text import Text
 
 from sevenfold.base import console, records, storage
 from sevenfold.base.errors import BadDataError, SevenfoldError, UsageError
-from sevenfold.base.records import STAGES, Run, open_run
+from sevenfold.base.records import GATED_STAGES, STAGES, Run, open_run
 from sevenfold.verify import lineage as lineages
 
 WATCH_EVERY_S = 2.0

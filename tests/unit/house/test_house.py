@@ -131,7 +131,6 @@ MAY_WRITE = {
     ("base/disk.py", "*"): "what base/storage.py writes with",
     ("base/storage.py", "*"): "where everybody writes",
     ("base/console.py", "os.open"): "opens the null device, for output that nobody reads",
-    ("train/launch.py", "os.write"): "a word into the pipe to whoever started this process",
     ("data/clean.py", "zstandard.open"): "fills a folder that its caller has from new_folder",
     ("data/tables.py", "pyarrow.OSFile"): "fills a folder that its caller has from new_folder",
     ("data/tables.py", "save_to_disk"): "fills a folder that its caller has from new_folder",
