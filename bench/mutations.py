@@ -39,7 +39,7 @@ MUTATIONS = (
         "B02",
         "checksums are compared",
         "src/sevenfold/base/storage.py",
-        'if sha256_file(path) != file["sha256"]:',
+        'if found != file["sha256"]:',
         "if False:",
         ("tests/unit/train/test_checkpoint.py", "-k", "flip"),
     ),
