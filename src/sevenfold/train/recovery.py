@@ -19,8 +19,8 @@ from sevenfold.base.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-# Accepted steps whose loss and gradient norm say what is usual, and how many must be known before
-# a step is called unusual.
+# Steps whose loss and gradient norm say what is usual, and how many must be known before a step is
+# called unusual.
 WINDOW = 128
 ENOUGH = WINDOW // 2
 
@@ -65,8 +65,10 @@ class StepGuard:
     """Judges the numbers of each step before the optimizer sees its gradients.
 
     Refused are numbers that are not finite, and a loss or gradient norm beyond ``sigma`` standard
-    deviations above the mean of the last accepted steps. Refused steps do not shift that mean: a
-    data window that stays bad stays refused.
+    deviations above the mean of the last steps. Of the losses, refused ones do not count: where
+    they stay high the weights or the data are bad, and that must not become the usual. Of the
+    norms, all count: they may rise for good while the loss does not, and a guard that remembers
+    the low ones alone would refuse every step from there on.
     """
 
     def __init__(self, *, sigma: float | None, max_in_a_row: int):
@@ -90,10 +92,11 @@ class StepGuard:
             self._norms.clear()
         problem = self._problem("loss", loss, self._losses)
         problem = problem or self._problem("gradient norm", grad_norm, self._norms)
+        if math.isfinite(grad_norm):
+            self._norms.append(grad_norm)
         if problem is None:
             self.in_a_row = 0
             self._losses.append(loss)
-            self._norms.append(grad_norm)
         else:
             self.refuse()
         return problem
