@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from pathlib import Path
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
 from sevenfold.base import records, storage
 from sevenfold.base.config import fingerprint
 from sevenfold.base.errors import SevenfoldError
-from sevenfold.base.hardware import detect_gpu_type
+from sevenfold.base.hardware import OOMHandler, detect_gpu_type, release_memory
 from sevenfold.data.packing import PackedPreferences, Preference
 from sevenfold.model import llama
 from sevenfold.objective.next_token import Scorer
@@ -82,18 +87,34 @@ def refer(job: training.Job, scorer: Scorer, parts: dict[str, PackedPreferences]
         return
     scores = {}
     for name, rows in parts.items():
-        scores[name] = rows.reference_n2 = reference_scores(
-            scorer,
-            rows,
-            micro_batch=job.config.micro_batch,
-            device=job.processes.device,
-            autocast=loop.autocast(job.config, job.processes),
-        )
+        scores[name] = rows.reference_n2 = _scores(job, scorer, rows)
     if job.processes.is_main:
         with storage.new_folder(folder, kind="reference", key=key) as new:
             for name, array in scores.items():
                 storage.write_array(new / f"{name}.npy", array)
     job.processes.wait()
+
+
+def _scores(job: training.Job, scorer: Scorer, rows: PackedPreferences) -> NDArray[np.float32]:
+    """Score the answers; where memory runs out, with fewer rows at a time.
+
+    Errors:
+        MemoryExhaustedError: recovery is off, several processes score together, or one row alone
+            does not fit.
+    """
+    recovery = job.options.oom_recovery and job.processes.world == 1
+    memory = OOMHandler(job.config.micro_batch, enabled=recovery)
+    while True:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return reference_scores(
+                scorer,
+                rows,
+                micro_batch=memory.micro_batch,
+                device=job.processes.device,
+                autocast=loop.autocast(job.config, job.processes),
+            )
+        memory.halve({"phase": "reference", "seq_len": job.config.longest_context})
+        release_memory()
 
 
 def reference_key(job: training.Job, scorer: Scorer) -> str:

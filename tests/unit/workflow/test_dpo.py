@@ -15,7 +15,7 @@ import torch
 from tests.unit.workflow.forked import kill_everywhere
 
 from sevenfold.base import records, storage
-from sevenfold.base.errors import UsageError
+from sevenfold.base.errors import MemoryExhaustedError, UsageError
 from sevenfold.data.packing import PackedPreferences, Preference
 from sevenfold.model.config import LoRAAdapterConfig
 from sevenfold.model.lora import add_adapter
@@ -24,6 +24,7 @@ from sevenfold.objective.preference import preference_objective
 from sevenfold.train import parallel
 from sevenfold.workflow import dpo
 from sevenfold.workflow import recipe as recipes
+from sevenfold.workflow.training import StageOptions
 
 PREFERENCES = [
     Preference([1, 2, 3], [4, 5], [6, 7, 8]),
@@ -67,6 +68,7 @@ def job(tmp_path: Path) -> Any:
         inputs={"model": "a" * 64, "data": "b" * 64},
         recipe=recipe,
         config=config,
+        options=StageOptions(oom_recovery=True),
         processes=parallel.join(),
     )
 
@@ -232,3 +234,27 @@ def test_the_reference_cannot_be_another_model_than_the_one_trained() -> None:
         recipes.resolve(overrides=["dpo.reference=other"])
     fields = {field.name for field in dataclasses.fields(recipes.DPOConfig)}
     assert fields == {"data", "beta", "nll_weight", "train"}
+
+
+@pytest.mark.fault("E08")
+def test_where_memory_runs_out_fewer_rows_are_scored_at_a_time(
+    job: Any, scorer: Scorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = refer(job, scorer).reference_n2
+    storage.remove_folder(job.folder / "reference")
+    job.config = dataclasses.replace(job.config, micro_batch=4)
+    compute, sizes = dpo.reference_scores, []
+
+    def tight(*arguments: Any, micro_batch: int, **settings: Any) -> Any:
+        sizes.append(micro_batch)
+        if micro_batch > 1:
+            raise torch.OutOfMemoryError("fake")
+        return compute(*arguments, micro_batch=micro_batch, **settings)
+
+    monkeypatch.setattr(dpo, "reference_scores", tight)
+    assert np.array_equal(refer(job, scorer).reference_n2, expected)
+    assert sizes == [4, 2, 1, 4, 2, 1]
+    storage.remove_folder(job.folder / "reference")
+    job.options = StageOptions()
+    with pytest.raises(MemoryExhaustedError, match=r"4 \(phase reference, .*enable-oom-recovery"):
+        refer(job, scorer)
