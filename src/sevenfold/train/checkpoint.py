@@ -122,7 +122,10 @@ class Checkpoints:
         """Write a checkpoint durably, read it again, then remove those that need not be kept."""
         self._memory.wait_for_host()
         target = self.path(snapshot.step)
-        with storage.new_folder(target, kind="checkpoint", step=snapshot.step) as folder:
+        size = sum(t.nbytes for part in PARTS for t in getattr(snapshot, part).values())
+        with storage.new_folder(
+            target, kind="checkpoint", needed_bytes=size, step=snapshot.step
+        ) as folder:
             for part in PARTS:
                 save_file(_separate(getattr(snapshot, part)), folder / f"{part}.safetensors")
             storage.write_json(folder / "state.json", snapshot.state)

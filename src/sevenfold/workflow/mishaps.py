@@ -192,6 +192,16 @@ def _out_of_memory(laboratory: Laboratory) -> Iterator[Result]:
         yield laboratory.attempt(LONG, [killed(f"{fault};kill@step=14"), FINISH], like=like)
 
 
+def _out_of_memory_in_validation(laboratory: Laboratory) -> Iterator[Result]:
+    """Halved from the next step on; the held-out loss of step 10 is measured with the new size."""
+    smaller = Child(plan=dataclasses.replace(LONG, micro_batch=1))
+    like = laboratory.ending(LONG, [stopped("term@step=10"), smaller])
+    fault = "oom@step=10:phase=evaluate"
+    yield laboratory.attempt(LONG, [Child(fault)], like=like, except_steps=[10])
+    again = [killed(f"{fault};kill@step=13"), FINISH]
+    yield laboratory.attempt(LONG, again, like=like, except_steps=[10])
+
+
 def _out_of_memory_in_the_update(laboratory: Laboratory) -> Iterator[Result]:
     """A half-applied update is never gone on with: back to the checkpoint."""
     ended = Child("oom@step=12:phase=optimizer", (7,), "run the same command again")
@@ -266,5 +276,10 @@ MISHAPS = (
     Mishap(name="loss NaN in three steps running", rows=("D04",), runs=_not_finite_for_long),
     Mishap(name="loss ten times too large", rows=("D03", "C15"), runs=_spikes),
     Mishap(name="out of memory, forward and backward", rows=("E01",), runs=_out_of_memory),
+    Mishap(
+        name="out of memory while measuring the held-out loss",
+        rows=("E08",),
+        runs=_out_of_memory_in_validation,
+    ),
     Mishap(name="out of memory in the optimizer", rows=("E06",), runs=_out_of_memory_in_the_update),
 )

@@ -53,6 +53,7 @@ def line(row: str, shown: str, reason: str = "-") -> str:
         ),
         (line("A01", "-", "a GPU"), {"A77": {"gpu/test_x.py"}}, "A77: marked in `gpu/test_x`, but"),
         (line("A01", "-", "a GPU") * 2, {}, "A01: stands twice"),
+        (line("A01", "`x`", "not shown yet"), {"A01": {"unit/x.py"}}, "A01: shown by `x`; take"),
     ],
 )
 def test_what_is_wrong_is_named(text: str, shown: dict[str, set[str]], problem: str) -> None:

@@ -19,7 +19,7 @@ from sevenfold.workflow.mishaps import LONG, MISHAPS, SHORT
 ROWS = (
     "A01", "A03", "A05", "A06", "A07", "B01", "B02", "B03", "B05", "B06", "B07", "B09", "B10",
     "C01", "C02", "C03", "C04", "C05", "C06", "C07", "C15", "C18", "D01", "D03", "D04", "E01",
-    "E06",
+    "E06", "E08",
 )  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
 @pytest.mark.fault(
     "A01", "A03", "A05", "A06", "A07", "B01", "B02", "B03", "B05", "B06", "B07", "B09", "B10",
     "C01", "C02", "C03", "C04", "C05", "C06", "C07", "C15", "C18", "D01", "D03", "D04", "E01",
-    "E06",
+    "E06", "E08",
 )  # fmt: skip
 @pytest.mark.parametrize("mishap", MISHAPS, ids=lambda mishap: mishap.name)
 def test_it_comes_back_and_is_identical(laboratory: Laboratory, mishap: mishaps.Mishap) -> None:
@@ -81,9 +81,9 @@ def test_it_notices_what_is_left_behind(
     laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "sweep", lambda parent: None)
-    result = broken(laboratory, killed("kill@fs:20"))
+    result = broken(laboratory, damage.leftovers)
     assert not result.recovered
-    assert "partial-" in result.why
+    assert "left behind: .metrics.jsonl.partial-77" in result.why
 
 
 def test_it_notices_a_fault_that_never_came_and_another_message(laboratory: Laboratory) -> None:
