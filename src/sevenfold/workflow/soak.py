@@ -43,6 +43,7 @@ SETTINGS = {
     "data.village.num_evaluation_items": "20",
 }
 EARLY_OPERATIONS = 20
+FORCE = ("--force", "self-test")  # so short a training passes no gate
 
 
 def break_stages(folder: Path) -> Iterator[Line]:
@@ -57,7 +58,7 @@ def break_stages(folder: Path) -> Iterator[Line]:
     for stage in GATED_STAGES:
         copy = folder / f"broken-{stage}"
         damage.copy_folder(whole, copy)
-        _require(whole, stage, "--force", "self-test")
+        _require(whole, stage, *FORCE)
         results = tuple(_break(whole, copy, stage))
         name = f"{stage}: kill -9 of the command at {NUM_KILLS} random moments"
         yield Line(name=name, rows=("A02", "C01"), results=results)
@@ -70,11 +71,11 @@ def _break(whole: Path, copy: Path, stage: str) -> Iterator[Result]:
     costs, why = [], ""
     for fault in _moments(stage):
         reached = _last_step(metrics)
-        code, _ = _run(copy, stage, "--force", "self-test", fault=fault)
+        code, _ = _run(copy, stage, *FORCE, fault=fault)
         why = why or (f"{fault}: exit code {code} instead of a kill" if code != -9 else "")
         costs.append(_steps_lost(metrics, reached))
     reached = _last_step(metrics)
-    code, seconds = _run(copy, stage, "--force", "self-test", watch=metrics, above=reached)
+    code, seconds = _finish(copy, stage, metrics)
     costs = [*costs[1:], _steps_lost(metrics, reached)]
     why = why or (f"the last start ended with exit code {code}" if code else "")
     left = "" if why else ", ".join(damage.hidden_files(copy / stage))
@@ -103,38 +104,49 @@ def _moments(stage: str) -> list[str]:
     return kills
 
 
-def _run(
-    run: Path,
-    *arguments: str,
-    fault: str = "",
-    watch: storage.JsonLines | None = None,
-    above: int = 0,
-) -> tuple[int, float | None]:
-    """Do one command; return its exit code and the seconds until a step ``above`` was logged."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        faults.VARIABLE: fault,
-    }
-    command = [sys.executable, "-m", "sevenfold.workflow.cli", *arguments, "--run", str(run)]
-    started_s, passed_s = time.monotonic(), None
+def _run(run: Path, *arguments: str, fault: str = "") -> tuple[int, str]:
+    """Do one command; return its exit code and the last line of what it complained."""
+    done = subprocess.run(
+        _command(run, *arguments),
+        env=_environment(fault),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, (done.stderr.strip().splitlines() or [""])[-1]
+
+
+def _finish(run: Path, stage: str, metrics: storage.JsonLines) -> tuple[int, float | None]:
+    """Let the stage finish; return the exit code and the seconds until it did something new."""
+    reached, started_s, passed_s = _last_step(metrics), time.monotonic(), None
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        _command(run, stage, *FORCE),
+        env=_environment(""),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     ) as process:
         while process.poll() is None:
-            if watch is not None and passed_s is None and _last_step(watch) > above:
+            if passed_s is None and _last_step(metrics) > reached:
                 passed_s = time.monotonic() - started_s
             time.sleep(0.05)
     return process.returncode, passed_s
 
 
+def _command(run: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "sevenfold.workflow.cli", *arguments, "--run", str(run)]
+
+
+def _environment(fault: str) -> dict[str, str]:
+    quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **quiet, faults.VARIABLE: fault}
+
+
 def _require(run: Path, *arguments: str) -> None:
-    code, _ = _run(run, *arguments)
+    code, complaint = _run(run, *arguments)
     if code:
         raise SevenfoldError(
-            f"selftest: '{' '.join(arguments[:1])}' of the small run ended with exit code {code}; "
-            "look at it with: bash scripts/run_full_pipeline.sh"
+            f"selftest: '{arguments[0]}' of a small run ended with exit code {code} though nothing "
+            f"was done to it; mend this first: {complaint}"
         )
 
 
