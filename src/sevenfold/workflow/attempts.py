@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sevenfold.base.errors import SevenfoldError
 from sevenfold.base.storage import JsonLines
 from sevenfold.train.checkpoint import Checkpoints
 from sevenfold.workflow import damage, toy
@@ -98,12 +99,9 @@ class Laboratory:
         expected = like or self.unbroken(plan)
         stage, trace = self._new_run(base)
         first_step = max(_checkpoints(stage), default=0)
-        for deed in deeds:
-            if not isinstance(deed, Child):
-                deed(stage)
-            elif problem := _ends_otherwise(plan, stage, trace, deed):
-                self._clear(stage)
-                return Result(recovered=False, identical=False, why=problem)
+        if problem := _do(plan, stage, trace, deeds):
+            self._clear(stage)
+            return Result(recovered=False, identical=False, why=problem)
         ending = read_ending(stage, trace)
         num_steps_done = len(trace.read("step"))
         started_again = base is not None or sum(isinstance(deed, Child) for deed in deeds) > 1
@@ -118,42 +116,47 @@ class Laboratory:
             why=left or difference,
         )
 
-    def unbroken(self, plan: Plan, *, base: Path | None = None) -> Ending:
+    def unbroken(self, plan: Plan) -> Ending:
         """Return how a run of ``plan`` ends that nothing disturbs."""
-        return self.ending(plan, [FINISH], base=base)
+        return self.ending(plan, [FINISH])
 
-    def ending(self, plan: Plan, deeds: Sequence[Deed], *, base: Path | None = None) -> Ending:
+    def ending(self, plan: Plan, deeds: Sequence[Deed]) -> Ending:
         """Return how a run ends to which ``deeds`` are done; it is done once."""
-        key = (plan, tuple(deeds), base)
+        key = (plan, tuple(deeds))
         if key not in self._endings:
-            stage, trace = self._new_run(base)
-            for deed in deeds:
-                if not isinstance(deed, Child):
-                    deed(stage)
-                elif problem := _ends_otherwise(plan, stage, trace, deed):
-                    raise RuntimeError(f"the run to compare with failed: {problem}")
+            stage, trace = self._sound(plan, deeds)
             self._endings[key] = read_ending(stage, trace)
             self._clear(stage)
         return self._endings[key]
 
-    def base(self, plan: Plan, *deeds: Child) -> Path:
-        """Return a stage folder to begin with, made once by ``deeds``."""
-        key = (plan, deeds)
+    def base(self, plan: Plan, deed: Child) -> Path:
+        """Return a stage folder to begin with, made once by ``deed``."""
+        key = (plan, deed)
         if key not in self._bases:
-            stage, trace = self._new_run(None)
-            for deed in deeds:
-                if problem := _ends_otherwise(plan, stage, trace, deed):
-                    raise RuntimeError(f"the run to begin with failed: {problem}")
-            self._bases[key] = stage
+            self._bases[key], _ = self._sound(plan, [deed])
         return self._bases[key]
 
-    def num_operations(self, plan: Plan, *, base: Path | None = None) -> int:
+    def num_operations(self, plan: Plan, base: Path) -> int:
         """Return how many file operations an undisturbed process comes to."""
-        stage, trace = self._new_run(base)
-        if problem := _ends_otherwise(plan, stage, trace, FINISH):
-            raise RuntimeError(f"the run to count in failed: {problem}")
+        stage, trace = self._sound(plan, [FINISH], base)
         self._clear(stage)
         return int(trace.read("end")[-1]["operations"])
+
+    def _sound(
+        self, plan: Plan, deeds: Sequence[Deed], base: Path | None = None
+    ) -> tuple[Path, Trace]:
+        """Make a run that others are compared with.
+
+        Errors:
+            SevenfoldError: it does not even end as it should.
+        """
+        stage, trace = self._new_run(base)
+        if problem := _do(plan, stage, trace, deeds):
+            raise SevenfoldError(
+                f"selftest: a run that others were to be compared with failed: {problem}; look at "
+                "this machine with sevenfold doctor"
+            )
+        return stage, trace
 
     def _new_run(self, base: Path | None) -> tuple[Path, Trace]:
         self._num_runs += 1
@@ -178,6 +181,16 @@ def read_ending(stage: Path, trace: Trace) -> Ending:
         batches={line["step"]: line["batch"] for line in trace.read("step")},
         digest=trace.read("end")[-1]["digest"],
     )
+
+
+def _do(plan: Plan, stage: Path, trace: Trace, deeds: Sequence[Deed]) -> str:
+    """Do ``deeds``; say what went otherwise than it should, if anything."""
+    for deed in deeds:
+        if not isinstance(deed, Child):
+            deed(stage)
+        elif problem := _ends_otherwise(plan, stage, trace, deed):
+            return problem
+    return ""
 
 
 def _ends_otherwise(plan: Plan, stage: Path, trace: Trace, child: Child) -> str:

@@ -39,7 +39,7 @@ def _begun(laboratory: Laboratory) -> Path:
 def _kills_at_every_operation(laboratory: Laboratory) -> Iterator[Result]:
     """Every file operation of resuming, saving and rotating; every third resume is killed too."""
     base = _begun(laboratory)
-    for number in range(1, laboratory.num_operations(SHORT, base=base) + 1):
+    for number in range(1, laboratory.num_operations(SHORT, base) + 1):
         again = [Child(f"kill@fs:{number // 3 % 12 + 1}", (-9, 0))] if number % 3 == 0 else []
         yield laboratory.attempt(SHORT, [killed(f"kill@fs:{number}"), *again, FINISH], base=base)
 
@@ -136,7 +136,7 @@ def _leftovers(laboratory: Laboratory) -> Iterator[Result]:
 def _refusing_disk(kind: str, says: str, laboratory: Laboratory) -> Iterator[Result]:
     """From a file operation on the disk refuses; what was saved before must be whole."""
     base = _begun(laboratory)
-    total = laboratory.num_operations(SHORT, base=base)
+    total = laboratory.num_operations(SHORT, base)
     for number in range(1, total + 1, 5):
         times = 999 if kind == "full" else 1
         # The last operations remove old checkpoints, which a full disk does not hinder.

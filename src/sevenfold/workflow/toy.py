@@ -46,6 +46,7 @@ from sevenfold.workflow.training import Job, StageOptions
 
 VOCABULARY, BOS, NUM_ROWS, ROW_LENGTH, ROWS_PER_BATCH = 263, 0, 20, 32, 4
 DROPOUT = 0.1
+PATIENCE_S = 300  # a child that hangs is ended by SIGALRM
 SETTINGS = {
     "model.vocab_size": VOCABULARY,
     "tokenizer.vocab_size": VOCABULARY,
@@ -215,7 +216,9 @@ def run_child(plan: Plan, folder: Path, trace: Trace, fault: str) -> int:
 def _child(plan: Plan, folder: Path, trace: Trace, fault: str) -> int:
     code = 1
     with contextlib.suppress(BaseException):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in (signal.SIGTERM, signal.SIGALRM):
+            signal.signal(number, signal.SIG_DFL)
+        signal.alarm(PATIENCE_S)
         os.environ[faults.VARIABLE] = fault
         faults.start_counting()
         gc.freeze()  # what the parent has imported need not be looked through again

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from sevenfold.base import storage
 from sevenfold.base.errors import SevenfoldError, UsageError
 from sevenfold.train import checkpoint, recovery
-from sevenfold.workflow import damage, mishaps, selftest
+from sevenfold.workflow import damage, mishaps, selftest, toy
 from sevenfold.workflow.attempts import FINISH, Child, Laboratory, Result, killed, stopped
 from sevenfold.workflow.mishaps import LONG, MISHAPS, SHORT
 
@@ -106,6 +107,19 @@ def test_it_notices_other_batches_steps_and_weights(laboratory: Laboratory) -> N
         result = broken(laboratory, like=dataclasses.replace(ending, **change))
         assert why in result.why
         assert not result.identical
+
+
+def test_a_run_to_compare_with_must_be_sound(laboratory: Laboratory) -> None:
+    with pytest.raises(SevenfoldError, match=r"compared with failed: .*ended with 0.*doctor"):
+        laboratory.base(SHORT, killed("kill@step=99"))
+
+
+def test_a_child_that_hangs_is_ended(
+    laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(toy, "PATIENCE_S", 1)
+    monkeypatch.setattr(toy, "make_bench", lambda *_: time.sleep(60))
+    assert "ended with -14, expected 0" in broken(laboratory).why
 
 
 def test_costs_are_counted_from_the_checkpoint_on(laboratory: Laboratory) -> None:
