@@ -338,7 +338,7 @@ def test_7_out_of_memory_at_micro_batch_one(copy: Path) -> None:
     without(copy, "lora")
     asked = sevenfold("lora", "--run", copy, "--enable-oom-recovery", faults="oom@step=2:times=9")
     assert asked.returncode == 7
-    assert "out of memory at micro-batch 1 (step 1, seq_len 128" in asked.stderr
+    assert "out of memory at micro-batch 1 (step 2, seq_len 128" in asked.stderr
 
 
 @pytest.mark.fault("K08")
