@@ -15,6 +15,7 @@ import logging
 import math
 import re
 import shutil
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -92,14 +93,12 @@ class Checkpoints:
             SevenfoldError: the one before could not be written.
         """
         self.finish()
-        copied: dict[str, Any] = {
-            part: self._memory.copy(part, getattr(snapshot, part)) for part in PARTS
-        }
-        self._writing = self._writer.submit(self._write, dataclasses.replace(snapshot, **copied))
+        begun: dict[str, Any] = self._memory.begin({p: getattr(snapshot, p) for p in PARTS})
+        self._writing = self._writer.submit(self._write, dataclasses.replace(snapshot, **begun))
 
     def wait_until_copied(self) -> None:
         """Let the GPU do nothing that changes weights before they have been copied."""
-        self._memory.wait()
+        self._memory.hold_back()
 
     def finish(self) -> None:
         """Wait for the checkpoint under way.
@@ -120,14 +119,14 @@ class Checkpoints:
 
     def _write(self, snapshot: Snapshot) -> None:
         """Write a checkpoint durably, read it again, then remove those that need not be kept."""
-        self._memory.wait_for_host()
+        tensors = self._memory.complete({part: getattr(snapshot, part) for part in PARTS})
         target = self.path(snapshot.step)
-        size = sum(t.nbytes for part in PARTS for t in getattr(snapshot, part).values())
+        size = sum(tensor.nbytes for part in PARTS for tensor in tensors[part].values())
         with storage.new_folder(
             target, kind="checkpoint", needed_bytes=size, step=snapshot.step
         ) as folder:
             for part in PARTS:
-                save_file(_separate(getattr(snapshot, part)), folder / f"{part}.safetensors")
+                save_file(_separate(tensors[part]), folder / f"{part}.safetensors")
             storage.write_json(folder / "state.json", snapshot.state)
         self.verify(snapshot.step)
         kept = self._to_keep(snapshot.step)
@@ -215,45 +214,77 @@ class Checkpoints:
         storage.move_folder(self.path(step), damaged)
 
 
+Parts = dict[str, dict[str, Tensor]]
+
+
 class _MainMemory:
-    """Copies of tensors in main memory; page-locked and reused where they come from a GPU."""
+    """Copies of tensors in main memory; page-locked and reused where they come from a GPU.
+
+    The training thread begins a copy, the writer's thread completes it: page-locking tens of GiB
+    for the first checkpoint takes longer than copying them.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
         self._stream: torch.cuda.Stream | None = None
+        self._ready: torch.cuda.Event | None = None
         self._copied: torch.cuda.Event | None = None
+        self._under_way = threading.Event()
+        self._under_way.set()
 
-    def copy(self, part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return copies; those of GPU tensors are complete once :meth:`wait_for_host` returns."""
-        copies = {name: t.detach().clone() for name, t in tensors.items() if not t.is_cuda}
-        on_gpu = {name: t.detach() for name, t in tensors.items() if t.is_cuda}
-        if on_gpu:
-            self._stream = self._stream or torch.cuda.Stream()
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                for name, tensor in on_gpu.items():
-                    buffer = self._buffer(f"{part}/{name}", tensor)
-                    copies[name] = buffer.copy_(tensor, non_blocking=True)
-                    tensor.record_stream(self._stream)
-            self._copied = self._stream.record_event()
+    def begin(self, parts: Parts) -> Parts:
+        """Copy what is in main memory; of GPU tensors, note from when on they may be copied."""
+        if any(tensor.is_cuda for tensors in parts.values() for tensor in tensors.values()):
+            self._ready = torch.cuda.current_stream().record_event()
+            self._under_way.clear()
+        return {
+            part: {n: t.detach() if t.is_cuda else t.detach().clone() for n, t in tensors.items()}
+            for part, tensors in parts.items()
+        }
+
+    def complete(self, parts: Parts) -> Parts:
+        """Copy the GPU tensors, and return when all copies are complete."""
+        if self._under_way.is_set():
+            return parts
+        try:
+            copies = self._copy(parts)
+        finally:
+            self._under_way.set()
+        assert self._copied is not None
+        self._copied.synchronize()
         return copies
 
-    def _buffer(self, key: str, tensor: Tensor) -> Tensor:
+    def _copy(self, parts: Parts) -> Parts:
+        device = next(t.device for tensors in parts.values() for t in tensors.values() if t.is_cuda)
+        with torch.cuda.device(device):
+            self._stream = self._stream or torch.cuda.Stream()
+            with torch.cuda.stream(self._stream):
+                assert self._ready is not None
+                self._stream.wait_event(self._ready)
+                copies = {
+                    part: {n: self._to_host(f"{part}/{n}", t) for n, t in tensors.items()}
+                    for part, tensors in parts.items()
+                }
+                self._copied = self._stream.record_event()
+        return copies
+
+    def _to_host(self, key: str, tensor: Tensor) -> Tensor:
+        if not tensor.is_cuda:
+            return tensor
         held = self._buffers.get(key)
         if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
             held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._buffers[key] = held
+        held.copy_(tensor, non_blocking=True)
+        assert self._stream is not None
+        tensor.record_stream(self._stream)
         return held
 
-    def wait(self) -> None:
-        """Let the GPU's next work, but not this thread, wait for the copies."""
+    def hold_back(self) -> None:
+        """Let the GPU's next work wait for the copies, this thread until they are asked for."""
+        self._under_way.wait()
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)
-
-    def wait_for_host(self) -> None:
-        """Return when the copies are complete."""
-        if self._copied is not None:
-            self._copied.synchronize()
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
