@@ -53,6 +53,8 @@ def test_a_disk_is_full_or_broken_for_as_long_as_asked(monkeypatch: pytest.Monke
             failed.append(error.errno or -1)
     assert failed == [0, errno.ENOSPC, 0, 0, errno.EIO]
     assert faults.operations_done() == 5
+    faults.start_counting()
+    assert faults.operations_done() == 0
 
 
 def test_a_fault_may_be_meant_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:

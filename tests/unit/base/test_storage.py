@@ -362,6 +362,16 @@ def test_files_and_folders_are_removed_and_moved(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_link_is_removed_and_not_what_it_points_to(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "a").write_text("x")
+    folder = make(tmp_path / "out")
+    (folder / "link").symlink_to(tmp_path / "kept")
+    storage.remove_folder(folder)
+    assert (tmp_path / "kept" / "a").read_text() == "x"
+    assert names(tmp_path) == ["kept"]
+
+
 def test_arrays_come_back(tmp_path: Path) -> None:
     array = np.arange(6, dtype=np.float32).reshape(3, 2)
     storage.write_array(tmp_path / "a.npy", array)
