@@ -12,6 +12,7 @@ from sevenfold.base.errors import BadDataError, StoppedError
 from sevenfold.train import loop
 
 
+@pytest.mark.slow
 @pytest.mark.fault("B15")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("compiled", [(True, False), (False, True)])

@@ -28,6 +28,7 @@ def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
     "C01", "C02", "C03", "C04", "C05", "C06", "C07", "C15", "C18", "D01", "D03", "D04", "E01",
     "E06", "E08",
 )  # fmt: skip
+@pytest.mark.slow
 @pytest.mark.parametrize("mishap", MISHAPS, ids=lambda mishap: mishap.name)
 def test_it_comes_back_and_is_identical(laboratory: Laboratory, mishap: mishaps.Mishap) -> None:
     results = list(mishap.runs(laboratory))
