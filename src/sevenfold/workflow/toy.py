@@ -16,12 +16,10 @@ import hashlib
 import json
 import os
 import signal
-import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -222,27 +220,24 @@ def _child(plan: Plan, folder: Path, trace: Trace, fault: str) -> int:
         os.environ[faults.VARIABLE] = fault
         faults.start_counting()
         gc.freeze()  # what the parent has imported need not be looked through again
-        with _output_to(trace.path.with_suffix(".txt")):
-            try:
-                _train(plan, folder, trace)
-                code = 0
-            except SevenfoldError as error:
-                trace.note(what="error", message=str(error))
-                code = error.exit_code
-            except BaseException:
-                traceback.print_exc()
-                trace.note(what="error", message=traceback.format_exc(limit=-1))
+        _send_output_to(trace.path.with_suffix(".txt"))
+        try:
+            _train(plan, folder, trace)
+            code = 0
+        except SevenfoldError as error:
+            trace.note(what="error", message=str(error))
+            code = error.exit_code
+        except BaseException:
+            traceback.print_exc()
+            trace.note(what="error", message=traceback.format_exc(limit=-1))
     return code
 
 
-@contextlib.contextmanager
-def _output_to(path: Path) -> Iterator[None]:
+def _send_output_to(path: Path) -> None:
     """Send what the process prints and logs to a file."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    for stream in (sys.__stdout__, sys.__stderr__):
-        if stream is not None:
-            os.dup2(descriptor, stream.fileno())
-    yield
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
 
 
 def prepare() -> None:
