@@ -48,13 +48,14 @@ FORCE = ("--force", "self-test")  # so short a training passes no gate
 
 def break_stages(folder: Path) -> Iterator[Line]:
     """Yield what came of the kills in each stage."""
-    whole = folder / "unbroken"
-    sections = ("pretrain", *(f"{stage}.train" for stage in GATED_STAGES[1:]))
-    settings = [f"{name}={value}" for name, value in SETTINGS.items()]
-    settings += [f"{part}.{name}={value}" for part in sections for name, value in TRAINING.items()]
-    chosen = [word for setting in settings for word in ("--set", setting)]
+    whole, chosen = folder / "unbroken", _settings()
     for verb in PREPARATION:
-        _require(whole, verb, *(chosen if verb == PREPARATION[0] else ()))
+        _require(whole, verb, *chosen[verb])
+    yield Line(
+        name=f"preparation: kill -9 of the commands at {NUM_KILLS} random moments",
+        rows=("A02", "A04"),
+        results=tuple(_break_preparation(whole, folder / "broken-preparation", chosen)),
+    )
     for stage in GATED_STAGES:
         copy = folder / f"broken-{stage}"
         damage.copy_folder(whole, copy)
@@ -63,6 +64,44 @@ def break_stages(folder: Path) -> Iterator[Line]:
         name = f"{stage}: kill -9 of the command at {NUM_KILLS} random moments"
         yield Line(name=name, rows=("A02", "C01"), results=results)
         damage.remove_folder(copy)
+
+
+def _settings() -> dict[str, list[str]]:
+    """Return the flags of each command of the preparation; the run remembers the first's."""
+    sections = ("pretrain", *(f"{stage}.train" for stage in GATED_STAGES[1:]))
+    settings = [f"{name}={value}" for name, value in SETTINGS.items()]
+    settings += [f"{part}.{name}={value}" for part in sections for name, value in TRAINING.items()]
+    chosen = [word for setting in settings for word in ("--set", setting)]
+    return {verb: chosen if verb == PREPARATION[0] else [] for verb in PREPARATION}
+
+
+def _break_preparation(whole: Path, copy: Path, chosen: dict[str, list[str]]) -> Iterator[Result]:
+    """Kill each command of the preparation at early file operations, let it finish, compare."""
+    dice = random.Random(SEED)
+    why, num_kills = "", 0
+    for index, verb in enumerate(PREPARATION):
+        while num_kills * len(PREPARATION) < NUM_KILLS * (index + 1):
+            fault = f"kill@fs:{dice.randint(1, EARLY_OPERATIONS // 2)}"
+            code, _ = _run(copy, verb, *chosen[verb], fault=fault)
+            why = why or ("" if code == -9 else f"{verb}, {fault}: exit code {code} instead")
+            num_kills += 1
+        code, complaint = _run(copy, verb, *chosen[verb])
+        why = why or (f"{verb} ended with exit code {code}: {complaint}" if code else "")
+    left = "" if why else ", ".join(damage.hidden_files(copy))
+    why = why or (f"left behind: {left}" if left else "")
+    recovered = not why
+    odd = [name for name, found in _made(whole).items() if _made(copy).get(name) != found]
+    why = why or (f"{odd[0]} is not as in the unbroken run" if odd else "")
+    for _ in range(num_kills):
+        yield Result(recovered=recovered, identical=recovered and not why, why=why)
+
+
+def _made(run: Path) -> dict[str, str]:
+    """Return the fingerprint of every folder that a run holds."""
+    return {
+        path.parent.relative_to(run).as_posix(): storage.read_manifest(path.parent)["fingerprint"]
+        for path in sorted(run.rglob(storage.MANIFEST))
+    }
 
 
 def _break(whole: Path, copy: Path, stage: str) -> Iterator[Result]:

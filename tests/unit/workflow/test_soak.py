@@ -115,3 +115,56 @@ def test_a_small_run_that_fails_by_itself_is_said(tmp_path: Path, commands: dict
     )
     with pytest.raises(SevenfoldError, match=message):
         list(soak.break_stages(tmp_path))
+
+
+# --- the preparation
+
+
+@pytest.fixture
+def preparing(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Put writing one folder in place of the commands; return what they did."""
+    done: dict[str, Any] = {"calls": [], "code": 0, "text": "same"}
+
+    def run(run: Path, *arguments: str, fault: str = "") -> tuple[int, str]:
+        done["calls"].append((arguments[0], bool(fault)))
+        if fault:
+            return -9, ""
+        text = done["text"] if run.name == "copy" else "same"
+        with storage.new_folder(run / "data" / arguments[0], kind="thing") as folder:
+            (folder / "a").write_text(text)
+        return done["code"], "error: no more road"
+
+    monkeypatch.setattr(soak, "_run", run)
+    return done
+
+
+def break_preparation(folder: Path) -> list[Any]:
+    for verb in soak.PREPARATION:
+        soak._run(folder / "whole", verb)
+    return list(soak._break_preparation(folder / "whole", folder / "copy", soak._settings()))
+
+
+def test_every_command_of_the_preparation_is_killed_then_finished(
+    tmp_path: Path, preparing: dict[str, Any]
+) -> None:
+    results = break_preparation(tmp_path)
+    assert [(result.recovered, result.identical) for result in results] == [(True, True)] * 10
+    broken = preparing["calls"][len(soak.PREPARATION) :]
+    for verb in soak.PREPARATION:
+        kills = [killed for name, killed in broken if name == verb]
+        assert kills in ([True, True, False], [True, False])
+
+
+@pytest.mark.parametrize(
+    ("change", "recovered", "why"),
+    [
+        ({"text": "other"}, True, "data/clean is not as in the unbroken run"),
+        ({"code": 4}, False, "download ended with exit code 4: error: no more road"),
+    ],
+)
+def test_a_preparation_that_ends_otherwise_is_said(
+    tmp_path: Path, preparing: dict[str, Any], change: dict[str, Any], recovered: bool, why: str
+) -> None:
+    preparing |= change
+    for result in break_preparation(tmp_path):
+        assert (result.recovered, result.identical, result.why) == (recovered, False, why)
