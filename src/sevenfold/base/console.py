@@ -32,6 +32,7 @@ TALKATIVE = (
     "torchao",
     "torch.utils._pytree",
     "datasets",
+    "lm_eval",
     "transformers",
     "peft",
     "urllib3",

@@ -9,7 +9,7 @@ from pydantic import Field
 from sevenfold.base.config import configuration
 
 TaskKind = Literal[
-    "text", "choice", "continuation", "pair", "exact", "number", "safety", "preference"
+    "text", "choice", "continuation", "pair", "exact", "number", "safety", "preference", "harness"
 ]
 Stage = Literal["pretrain", "sft", "dpo", "lora"]
 Better = Literal["higher", "lower"]
@@ -33,6 +33,16 @@ PATHOLOGY_METRICS: dict[str, Better] = {
     "empty_rate": "lower",
     "loop_rate": "lower",
 }
+# What lm-evaluation-harness scores item by item, so that a gate can judge it.
+HARNESS_METRICS: dict[str, Better] = {
+    "acc": "higher",
+    "acc_norm": "higher",
+    "exact_match": "higher",
+    "perplexity": "lower",
+    "word_perplexity": "lower",
+    "byte_perplexity": "lower",
+    "bits_per_byte": "lower",
+}
 ADAPTER_METRICS: dict[str, Better] = {
     "adapter_off_change": "lower",
     "merge_error": "lower",
@@ -49,6 +59,9 @@ class TaskConfig:
     sample. ``stages`` defaults to all stages, and to those after pretraining for kinds that go
     through the chat template. ``delimiter`` joins prompt and choice of layouts that say nothing
     about it; ``unsafe`` labels prompt files that hold one kind of prompt only.
+
+    Kind ``harness`` is a task of lm-evaluation-harness: ``path`` is its name there (``name`` if
+    there is no path), or a YAML file of a task with its items beside it.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
@@ -58,6 +71,12 @@ class TaskConfig:
     stages: tuple[Stage, ...] | None = None
     delimiter: str = " "
     unsafe: bool | None = None
+
+    @property
+    def file(self) -> str | None:
+        """The file of the task's items, or the YAML file of a task of the harness."""
+        is_name = self.kind == "harness" and not (self.path or "").endswith((".yaml", ".yml"))
+        return None if is_name else self.path
 
     def is_measured_at(self, stage: str) -> bool:
         """True if the task belongs to the evaluation of ``stage``."""
@@ -108,6 +127,8 @@ def metrics_of_task(task: TaskConfig, config: EvaluateConfig) -> dict[str, Bette
         return {prefix + name: better for name, better in SAFETY_METRICS.items()}
     if task.kind == "preference":
         return {prefix + "preference_accuracy": "higher"}
+    if task.kind == "harness":
+        return {f"{task.name}_{name}": better for name, better in HARNESS_METRICS.items()}
     if task.kind == "choice":
         return {task.name: "higher", f"{task.name}_normalised": "higher"}
     return {task.name: "higher"}

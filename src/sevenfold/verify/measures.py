@@ -20,6 +20,7 @@ from sevenfold.verify.generation import (
     generate,
     has_loop,
 )
+from sevenfold.verify.harness import measure_harness
 from sevenfold.verify.likelihood import Row, Score
 from sevenfold.verify.safety import is_refusal
 from sevenfold.verify.tasks import (
@@ -286,4 +287,5 @@ _MEASURES: Mapping[str, Callable[[Subject, Task], list[ItemResult]]] = {
     "number": _measure_number,
     "safety": _measure_safety,
     "preference": _measure_preference,
+    "harness": measure_harness,
 }

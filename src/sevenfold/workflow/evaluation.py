@@ -20,7 +20,7 @@ from sevenfold.base.hardware import training_device
 from sevenfold.base.records import EVIDENCE, Run, code_version, package_versions
 from sevenfold.data.tokenizer import encode_texts, load_tokenizer
 from sevenfold.model.llama import TOKENIZER_FILES, load_model
-from sevenfold.verify import gates
+from sevenfold.verify import gates, harness
 from sevenfold.verify.adapters import adapter_metrics
 from sevenfold.verify.config import (
     VALIDATION_TASK,
@@ -88,7 +88,7 @@ def _identity(
     run: Run, config: EvaluateConfig, stage: str, manifest: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return everything that, unchanged, leaves the evaluation unchanged."""
-    data = {task.name: task_sha256(task_paths(run, task)) for task in config.tasks_of(stage)}
+    data = {task.name: items_sha256(run, task) for task in config.tasks_of(stage)}
     if not data:
         raise UsageError(f"evaluate.tasks holds no task for stage {stage}; add one to the recipe")
     settings = to_plain(config) | {"tasks": to_plain(config.tasks_of(stage)), "batch_tokens": None}
@@ -168,10 +168,29 @@ def task_paths(run: Run, task: TaskConfig) -> list[Path]:
     return [path]
 
 
+def items_sha256(run: Run, task: TaskConfig) -> str:
+    """Return what identifies the items of a task.
+
+    Errors:
+        UsageError: a file of it is missing.
+    """
+    if task.kind == "harness":
+        return harness.items_sha256(task, _task_file(task))
+    return task_sha256(task_paths(run, task))
+
+
+def _task_file(task: TaskConfig) -> Path | None:
+    return None if task.file is None else items_path(task.file, task)
+
+
+def _open_task(run: Run, task: TaskConfig, seed: int) -> Task:
+    if task.kind == "harness":
+        return harness.open_task(task, _task_file(task))
+    return read_task(task, task_paths(run, task), seed=seed)
+
+
 def _measure(run: Run, config: EvaluateConfig, stage: str) -> Evaluation:
-    tasks: list[Task] = [
-        read_task(task, task_paths(run, task), seed=config.seed) for task in config.tasks_of(stage)
-    ]
+    tasks = [_open_task(run, task, config.seed) for task in config.tasks_of(stage)]
     device, folder = training_device(), run.model(stage)
     dtype = _dtype(folder, device)
     tokenizer = load_tokenizer(folder)
@@ -306,7 +325,7 @@ def _stale_tasks(
     stale = {}
     for task in tasks:
         try:
-            current: str | None = task_sha256(task_paths(run, task))
+            current: str | None = items_sha256(run, task)
         except UsageError:
             current = None
         if measured.get(task.name) != current:

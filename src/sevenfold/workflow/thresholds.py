@@ -57,8 +57,12 @@ def require_items(recipe: Recipe, stages: Iterable[str]) -> None:
     """
     for stage in stages:
         for task in recipe.evaluate.tasks_of(stage):
-            if task.path is not None:
-                items_path(task.path, task)
+            if task.kind == "harness":
+                from sevenfold.verify.harness import require_installed  # needs torch
+
+                require_installed(task)
+            if task.file is not None:
+                items_path(task.file, task)
 
 
 def items_path(path: str, task: TaskConfig) -> Path:

@@ -410,6 +410,34 @@ def test_a_misspelt_metric_is_refused_before_anything_is_judged(run: Run, gates_
     assert not (run.stage("pretrain") / "verdict.json").exists()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_task_of_the_harness_is_judged_like_any_other(run: Run, gates_file: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    folder = run.folder.parent
+    rows = [{"who": f"Tom {i}", "choices": ["has a hat", f"is {i}"], "gold": 0} for i in range(12)]
+    (folder / "hats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "hats.yaml").write_text(
+        "task: hats\ndataset_kwargs: {data_files: {test: hats.jsonl}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: '{{who}}'\ndoc_to_target: gold\n"
+        "doc_to_choice: choices\nmetric_list:\n  - metric: acc\n"
+    )
+    tasks = (TaskConfig(name="hats", kind="harness", path=str(folder / "hats.yaml")),)
+    gates_file.write_text(
+        "confidence: 0.95\ndemo:\n  sft:\n"
+        "    - {metric: hats_acc, min: 0.0, min_samples: 10}\n"
+        "    - {metric: hats_acc, not_worse_than: pretrain, margin: 1.0, min_samples: 10}\n"
+    )
+    for stage in ("pretrain", "sft"):
+        assert evaluate_stage(run, recipe(tasks), stage)["metrics"]["hats_acc"]["n"] == 12
+    assert check_stage(run, recipe(tasks), "sft", gates_file)["promoted"] is True
+    (folder / "hats.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(GateRefusedError, match="stale: the items of hats have changed"):
+        check_stage(run, recipe(tasks), "sft", gates_file)
+    (folder / "hats.yaml").unlink()
+    with pytest.raises(UsageError, match=r"hats\.yaml: no such file; task 'hats' needs its items"):
+        evaluate_stage(run, recipe(tasks), "sft")
+
+
 def add_lora(run: Run, *, merge: bool) -> None:
     """Write a trained adapter over the dpo model, with a merged model that is right or is not."""
     settings = LoRAAdapterConfig(r=2, alpha=4.0, dropout=0.0, targets="all-linear")
