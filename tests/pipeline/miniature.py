@@ -109,7 +109,15 @@ def recipe() -> dict[str, Any]:
         "kernels": {"liger": False, "cce": False},
         "pretrain": training(12, 5e-3, [(32, 0.4), (128, 1.0)]),
         "sft": {"data": rows, "train": training(10, 2e-3, whole)},
-        "dpo": {"data": rows, "beta": 0.1, "nll_weight": 1.0, "train": training(9, 1e-3, whole)},
+        "dpo": {
+            "data": rows,
+            "beta": 0.1,
+            "loss": "sigmoid",
+            "label_smoothing": 0.0,
+            "length_normalized": False,
+            "nll_weight": 1.0,
+            "train": training(9, 1e-3, whole),
+        },
         "lora": {"data": rows, "adapter": adapter, "train": training(10, 4e-3, whole)},
         "evaluate": {
             "tasks": tasks,

@@ -45,7 +45,13 @@ def dpo(run: records.Run, recipe: Recipe, options: training.StageOptions) -> Non
     scorer = workbench.load_scorer(job)
     workbench.place(scorer, job.config, job.processes)
     refer(job, scorer, {"train": rows, "validation": held_out})
-    objective = preference_objective(beta=recipe.dpo.beta, nll_weight=recipe.dpo.nll_weight)
+    objective = preference_objective(
+        beta=recipe.dpo.beta,
+        nll_weight=recipe.dpo.nll_weight,
+        loss=recipe.dpo.loss,
+        label_smoothing=recipe.dpo.label_smoothing,
+        length_normalized=recipe.dpo.length_normalized,
+    )
     bench = workbench.assemble(job, scorer, objective, rows, held_out)
     last = workbench.train(job, bench)
     training.export(job, bench)

@@ -70,12 +70,38 @@ class SFTConfig:
 
 @configuration
 class DPOConfig:
-    """Preference optimisation; ``nll_weight`` keeps the chosen answers likely in themselves."""
+    """Preference optimisation.
+
+    ``nll_weight`` keeps the chosen answers likely in themselves; ``label_smoothing`` is the share
+    of pairs believed to be labelled the wrong way round; ``length_normalized`` compares answers by
+    their gain per token.
+    """
 
     data: PreferenceDataConfig
     beta: Annotated[float, Field(gt=0)]
+    loss: Literal["sigmoid", "robust", "ipo", "hinge"]
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]
+    length_normalized: bool
     nll_weight: Annotated[float, Field(ge=0)]
     train: TrainConfig
+
+    def __post_init__(self) -> None:
+        """Refuse settings that would have no effect on the loss."""
+        if self.loss in ("ipo", "hinge") and self.label_smoothing:
+            raise ValueError(
+                f"label_smoothing {self.label_smoothing} has no effect on loss {self.loss}; set "
+                "it to 0, or loss to sigmoid or robust"
+            )
+        if self.loss == "robust" and not self.label_smoothing:
+            raise ValueError(
+                "loss robust with label_smoothing 0 is loss sigmoid; set label_smoothing to the "
+                "share of wrong labels, or loss to sigmoid"
+            )
+        if self.loss == "ipo" and self.length_normalized:
+            raise ValueError(
+                "length_normalized has no effect on loss ipo, which compares gains per token "
+                "anyway; set it to false"
+            )
 
 
 @configuration

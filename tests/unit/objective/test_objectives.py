@@ -152,14 +152,17 @@ def test_dpo_equals_the_formula_answer_by_answer(scorer: Scorer) -> None:
     rows.reference_n2 += np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32)
     batch = rows.batch(np.arange(rows.num_rows), 16)
     summed = preference_objective(beta=0.3, nll_weight=0.5).total(scorer, batch)
-    expected = 0.0
+    expected = divergence = 0.0
     for preference, reference in zip(PREFERENCES, rows.reference_n2, strict=True):
         scores = [_log_probability(scorer, piece) for piece in preference.pieces]
         expected += 0.5 * -scores[0] / len(preference.chosen)
         if preference.rejected:
             margin = 0.3 * ((scores[0] - reference[0]) - (scores[1] - reference[1]))
             expected += math.log1p(math.exp(-margin))
+            lengths = (len(preference.chosen), len(preference.rejected))
+            divergence += sum((reference - scores) / lengths) / 2
     assert float(summed.total.detach()) == pytest.approx(expected, rel=1e-5)
+    assert float(summed.extras["kl"]) == pytest.approx(divergence, rel=1e-4)
 
 
 def _log_probability(scorer: Scorer, piece: Piece) -> float:
