@@ -3,7 +3,7 @@
 For every seed: the whole demo, then each stage judged with the untrained model, with the previous
 stage's model, and (lora) with an adapter trained without replay in the trained model's place.
 
-    python bench/gates_table.py runs/gates 101 102 103 > table.md
+    python bench/gates_table.py runs/gates 201 202 203 > table.md
 
 One seed takes about six minutes on two cores. Finished parts are kept, so it may be stopped.
 """
