@@ -9,12 +9,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from sevenfold.data.packing import PackedPreferences, Preference
+from sevenfold.model.attention import IMPLEMENTATION, register_attention
 from sevenfold.model.config import InitConfig, ModelConfig
 from sevenfold.model.float8 import convert_to_float8, why_not_float8
 from sevenfold.model.llama import initialize
+from sevenfold.objective.next_token import Scorer
+from sevenfold.objective.preference import preference_objective
 from sevenfold.train.config import (
     ContextPhase,
     Duration,
@@ -97,6 +102,35 @@ def test_liger_computes_the_same(tmp_path: Path) -> None:
         found[kernel] = torch.load(file, weights_only=True)
     error = (found["plain"] - found["liger"]).norm() / found["plain"].norm()
     assert error < 0.02
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_flex_attention_scores_packed_pairs_as_the_dense_mask_does(
+    share_prompts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp32, loss and gradients; the CPU's own are tested against every answer alone."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    register_attention()
+    generator = np.random.default_rng(0)
+    pairs = [
+        Preference(*(generator.integers(1, 1024, n).tolist() for n in generator.integers(1, 60, 3)))
+        for _ in range(24)
+    ]
+    rows = PackedPreferences(pairs, 256, pad_id=0, seed=1, share_prompts=share_prompts)
+    batch = rows.batch(np.arange(rows.num_rows), 256)
+    found = {}
+    for device in ("cpu", "cuda"):
+        model = initialize(CONFIG, INIT, 3, torch.float32, device)
+        model.set_attn_implementation(IMPLEMENTATION)
+        scorer = Scorer(model, kernel="plain")
+        objective = preference_objective(beta=0.1, nll_weight=0.5)
+        total = objective.total(scorer, batch.to(torch.device(device))).total
+        total.backward()
+        gradients = [p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None]
+        found[device] = (float(total.detach()), torch.cat(gradients))
+    assert found["cuda"][0] == pytest.approx(found["cpu"][0], rel=1e-4)
+    difference = (found["cuda"][1] - found["cpu"][1]).norm()
+    assert difference < 1e-3 * found["cpu"][1].norm()
 
 
 def test_the_7bs_layers_need_what_the_planner_counts() -> None:

@@ -116,6 +116,7 @@ def recipe() -> dict[str, Any]:
             "label_smoothing": 0.0,
             "length_normalized": False,
             "nll_weight": 1.0,
+            "share_prompts": True,
             "train": training(9, 1e-3, whole),
         },
         "lora": {"data": rows, "adapter": adapter, "train": training(10, 4e-3, whole)},

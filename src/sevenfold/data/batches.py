@@ -33,16 +33,18 @@ class Batch:
     """Rows of packed documents.
 
     ``targets_bt`` holds the token to predict at each position, or -100; ``documents_bt`` is None
-    where rows are plain causal text. For preferences, ``answers_bt`` numbers the answers within
-    their row (-1 elsewhere), ``examples_bs`` says what example s of a row is (0 nothing, 1 a pair
-    made of answers 2s and 2s+1, 2 a single answer 2s), ``reference_bs2`` holds the reference
-    model's log-probabilities of the two.
+    where rows are plain causal text; ``branches_bt`` is 0 for what a whole document sees, n for its
+    nth branch, None where documents do not branch. For preferences, ``answers_bt`` numbers the
+    answers within their row (-1 elsewhere), ``examples_bs`` says what example s of a row is (0
+    nothing, 1 a pair made of answers 2s and 2s+1, 2 a single answer 2s), ``reference_bs2`` holds
+    the reference model's log-probabilities of the two.
     """
 
     inputs_bt: Tensor
     targets_bt: Tensor
     positions_bt: Tensor
     documents_bt: Tensor | None
+    branches_bt: Tensor | None = None
     answers_bt: Tensor | None = None
     examples_bs: Tensor | None = None
     reference_bs2: Tensor | None = None

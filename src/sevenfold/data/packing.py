@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from sevenfold.base.errors import UsageError
-from sevenfold.data.batches import ANSWER, NO_TARGET, PAIR, Batch, document_positions
+from sevenfold.data.batches import ANSWER, NO_TARGET, PAIR, Batch
 
 
 def best_fit(lengths: Sequence[int], capacity: int, *, seed: int) -> list[list[int]]:
@@ -45,10 +45,16 @@ def best_fit(lengths: Sequence[int], capacity: int, *, seed: int) -> list[list[i
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """One document of a row: its tokens, and which of them carry loss."""
+    """One document of a row: its tokens, and which of them carry loss.
+
+    With a ``branch`` above 0 it continues the document before it, at position ``start``, and is
+    seen by that branch only.
+    """
 
     ids: Sequence[int]
     mask: Sequence[int]
+    branch: int = 0
+    start: int = 0
 
 
 class PackedConversations:
@@ -87,25 +93,34 @@ def _require_whole(length: int, row_length: int) -> None:
         )
 
 
-def _lay_out(rows: Sequence[Sequence[Piece]], length: int, pad_id: int) -> Batch:
+def _lay_out(
+    rows: Sequence[Sequence[Piece]], length: int, pad_id: int, *, branching: bool = False
+) -> Batch:
     shape = (len(rows), length)
     ids = np.full(shape, pad_id, dtype=np.int64)
     targets = np.full(shape, NO_TARGET, dtype=np.int64)
     documents = np.full(shape, -1, dtype=np.int64)
+    branches = np.zeros(shape, dtype=np.int64)
+    positions = np.empty(shape, dtype=np.int64)
     for r, row in enumerate(rows):
-        start = 0
-        for number, piece in enumerate(row):
+        start, number = 0, -1
+        for piece in row:
             stop = start + len(piece.ids)
+            number += piece.branch == 0
             ids[r, start:stop] = piece.ids
             documents[r, start:stop] = number
+            branches[r, start:stop] = piece.branch
+            positions[r, start:stop] = np.arange(piece.start, piece.start + len(piece.ids))
             carries = np.asarray(piece.mask[1:], dtype=bool)
             targets[r, start : stop - 1][carries] = ids[r, start + 1 : stop][carries]
             start = stop
+        positions[r, start:] = np.arange(length - start)
     return Batch(
         inputs_bt=torch.from_numpy(ids),
         targets_bt=torch.from_numpy(targets),
-        positions_bt=torch.from_numpy(document_positions(documents)),
+        positions_bt=torch.from_numpy(positions),
         documents_bt=torch.from_numpy(documents),
+        branches_bt=torch.from_numpy(branches) if branching else None,
     )
 
 
@@ -126,9 +141,27 @@ class Preference:
             for answer in answers
         ]
 
+    @property
+    def branching_pieces(self) -> list[Piece]:
+        """The same with the prompt once: its tokens but the last, then a branch for each answer.
+
+        The last one begins both branches, since it has another next token in each.
+        """
+        shared = len(self.prompt) - 1
+        if not (shared and self.rejected):
+            return self.pieces
+        branches = [
+            Piece([self.prompt[-1], *answer], [0] + [1] * len(answer), branch=n, start=shared)
+            for n, answer in enumerate((self.chosen, self.rejected), 1)
+        ]
+        return [Piece(self.prompt[:-1], [0] * shared), *branches]
+
 
 class PackedPreferences:
-    """DPO rows: the two documents of a pair stand in one row, several pairs to a row."""
+    """DPO rows: both answers of a pair stand in one row, several pairs to a row.
+
+    ``share_prompts``: as two branches of one document, else as two documents.
+    """
 
     def __init__(
         self,
@@ -137,14 +170,16 @@ class PackedPreferences:
         *,
         pad_id: int,
         seed: int,
+        share_prompts: bool = False,
         reference_n2: NDArray[np.float32] | None = None,
     ):
         """Pack; ``reference_n2`` [n, 2] are the reference model's log-probabilities in nats."""
         self.preferences = preferences
         self.row_length = row_length
         self.pad_id = pad_id
+        self.share_prompts = share_prompts
         self.reference_n2 = reference_n2
-        sizes = [sum(len(piece.ids) for piece in p.pieces) for p in preferences]
+        sizes = [sum(len(piece.ids) for piece in self._pieces(p)) for p in preferences]
         self.packs = best_fit(sizes, row_length, seed=seed)
         self.examples_per_row = max(map(len, self.packs), default=0)
 
@@ -153,12 +188,17 @@ class PackedPreferences:
         """Number of rows."""
         return len(self.packs)
 
+    def _pieces(self, preference: Preference) -> list[Piece]:
+        return preference.branching_pieces if self.share_prompts else preference.pieces
+
     def batch(self, indices: NDArray[np.int64], length: int) -> Batch:
         """Return the rows with their answers numbered."""
         _require_whole(length, self.row_length)
         packs = [self.packs[i] for i in indices.tolist()]
-        rows = [[piece for n in pack for piece in self.preferences[n].pieces] for pack in packs]
-        laid = _lay_out(rows, length, self.pad_id)
+        rows = [
+            [piece for n in pack for piece in self._pieces(self.preferences[n])] for pack in packs
+        ]
+        laid = _lay_out(rows, length, self.pad_id, branching=self.share_prompts)
         shape = (len(packs), self.examples_per_row)
         kinds = np.zeros(shape, dtype=np.int64)
         reference = np.zeros((*shape, 2), dtype=np.float32)
@@ -169,8 +209,10 @@ class PackedPreferences:
                 kinds[r, s] = PAIR if self.preferences[n].rejected else ANSWER
                 if self.reference_n2 is not None:
                     reference[r, s] = self.reference_n2[n]
-                for side, piece in enumerate(self.preferences[n].pieces):
+                side = 0
+                for piece in self._pieces(self.preferences[n]):
                     answers[r, start : start + len(piece.ids)] = 2 * s + side
+                    side += any(piece.mask)
                     start += len(piece.ids)
         answers[laid.targets_bt.numpy() == NO_TARGET] = -1
         return dataclasses.replace(

@@ -1,8 +1,8 @@
 """Attention in which packed documents cannot see each other.
 
-One description, the document number of every token, and two back ends: FlexAttention on GPUs, a
-dense mask through SDPA on a CPU, where FlexAttention has no backward. Without document numbers the
-mask is plain causal and SDPA's fastest kernel serves.
+One rule, :func:`may_look`, over the document and the branch of every token, and two back ends:
+FlexAttention on GPUs, a dense mask through SDPA on a CPU, where FlexAttention has no backward.
+Without document numbers the mask is plain causal and SDPA's fastest kernel serves.
 
 Shapes: b rows, t tokens, h heads, k key-value heads, d head size.
 """
@@ -19,6 +19,10 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 IMPLEMENTATION = "sevenfold"
+# The branch of tokens that their whole document may see.
+TRUNK = 0
+
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def register_attention() -> None:
@@ -94,25 +98,48 @@ def _compiled_block_mask() -> Callable[..., BlockMask]:
     return compiled
 
 
-def document_mask(documents_bt: Tensor | None) -> Tensor | BlockMask | None:
-    """Describe who may look at whom: earlier tokens of the same document, and oneself.
+def may_look(documents_bt: Tensor, branches_bt: Tensor | None = None) -> Rule:
+    """Return the rule of who may look at whom, a function of row, head, query and key indices.
+
+    A token sees earlier tokens of its document, and itself. Where a document branches, as a prompt
+    with two answers does, it sees the trunk and its own branch, never another one.
 
     Shapes:
-        documents_bt [b, t]: number of the document each token belongs to; None for plain causal.
+        documents_bt [b, t]: number of the document each token belongs to; branches_bt [b, t]: its
+        branch within it, ``TRUNK`` for what all branches see; None where no document branches.
+    """
+
+    def in_document(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (documents_bt[row, query] == documents_bt[row, key])
+
+    if branches_bt is None:
+        return in_document
+
+    def in_branch(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        branch = branches_bt[row, key]
+        seen = (branch == TRUNK) | (branch == branches_bt[row, query])
+        return in_document(row, head, query, key) & seen
+
+    return in_branch
+
+
+def document_mask(
+    documents_bt: Tensor | None, branches_bt: Tensor | None = None
+) -> Tensor | BlockMask | None:
+    """Describe who may look at whom, by the rule of :func:`may_look`.
 
     Returns:
-        BlockMask on a GPU, bool [b, 1, t, t] on a CPU, None for None.
+        BlockMask on a GPU, bool [b, 1, t, t] on a CPU; None, plain causal, without documents.
     """
     if documents_bt is None:
         return None
+    rule = may_look(documents_bt, branches_bt)
     num_rows, length = documents_bt.shape
     if documents_bt.device.type == "cuda":
-
-        def may_look(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (query >= key) & (documents_bt[row, query] == documents_bt[row, key])
-
         return _compiled_block_mask()(
-            may_look, num_rows, None, length, length, device=documents_bt.device
+            rule, num_rows, None, length, length, device=documents_bt.device
         )
-    same_btt = documents_bt[:, :, None] == documents_bt[:, None, :]
-    return torch.tril(same_btt)[:, None]
+    rows, places = torch.arange(num_rows), torch.arange(length)
+    head = torch.zeros((), dtype=torch.long)
+    seen_btt = rule(rows[:, None, None], head, places[:, None], places)
+    return seen_btt[:, None]

@@ -57,7 +57,7 @@ class Scorer(nn.Module):
         hidden_bth = causal.get_decoder()(
             input_ids=batch.inputs_bt,
             position_ids=batch.positions_bt,
-            attention_mask=document_mask(batch.documents_bt),
+            attention_mask=document_mask(batch.documents_bt, batch.branches_bt),
             use_cache=False,
         ).last_hidden_state
         scores_n = negative_log_likelihood(

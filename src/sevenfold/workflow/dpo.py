@@ -17,11 +17,11 @@ from sevenfold.base.errors import SevenfoldError
 from sevenfold.base.hardware import OOMHandler, detect_gpu_type, release_memory
 from sevenfold.data.packing import PackedPreferences, Preference
 from sevenfold.model import llama
-from sevenfold.objective.next_token import Scorer
+from sevenfold.objective.next_token import Objective, Scorer
 from sevenfold.objective.preference import preference_objective, reference_scores
 from sevenfold.train import loop
 from sevenfold.workflow import training, workbench
-from sevenfold.workflow.recipe import Recipe
+from sevenfold.workflow.recipe import DPOConfig, Recipe
 
 log = logging.getLogger(__name__)
 
@@ -45,18 +45,22 @@ def dpo(run: records.Run, recipe: Recipe, options: training.StageOptions) -> Non
     scorer = workbench.load_scorer(job)
     workbench.place(scorer, job.config, job.processes)
     refer(job, scorer, {"train": rows, "validation": held_out})
-    objective = preference_objective(
-        beta=recipe.dpo.beta,
-        nll_weight=recipe.dpo.nll_weight,
-        loss=recipe.dpo.loss,
-        label_smoothing=recipe.dpo.label_smoothing,
-        length_normalized=recipe.dpo.length_normalized,
-    )
-    bench = workbench.assemble(job, scorer, objective, rows, held_out)
+    bench = workbench.assemble(job, scorer, objective(recipe.dpo), rows, held_out)
     last = workbench.train(job, bench)
     training.export(job, bench)
     if job.processes.is_main:
         training.close(job, bench, last)
+
+
+def objective(config: DPOConfig) -> Objective:
+    """Return what the recipe's settings say is to be minimised."""
+    return preference_objective(
+        beta=config.beta,
+        nll_weight=config.nll_weight,
+        loss=config.loss,
+        label_smoothing=config.label_smoothing,
+        length_normalized=config.length_normalized,
+    )
 
 
 def preference_rows(job: training.Job) -> tuple[PackedPreferences, PackedPreferences]:
@@ -71,7 +75,11 @@ def preference_rows(job: training.Job) -> tuple[PackedPreferences, PackedPrefere
         preferences = [Preference(*row) for row in columns]
         packed.append(
             PackedPreferences(
-                preferences, job.config.longest_context, pad_id=pad_id, seed=job.recipe.seed
+                preferences,
+                job.config.longest_context,
+                pad_id=pad_id,
+                seed=job.recipe.seed,
+                share_prompts=job.recipe.dpo.share_prompts,
             )
         )
     return packed[0], packed[1]
@@ -133,6 +141,7 @@ def reference_key(job: training.Job, scorer: Scorer) -> str:
     facts = {
         "inputs": job.inputs,
         "row_length": job.config.longest_context,
+        "share_prompts": job.recipe.dpo.share_prompts,
         "seed": job.recipe.seed,
         "precision": job.config.precision,
         "weights": job.config.weights,

@@ -74,7 +74,7 @@ class DPOConfig:
 
     ``nll_weight`` keeps the chosen answers likely in themselves; ``label_smoothing`` is the share
     of pairs believed to be labelled the wrong way round; ``length_normalized`` compares answers by
-    their gain per token.
+    their gain per token; ``share_prompts`` passes over the prompt of a pair once instead of twice.
     """
 
     data: PreferenceDataConfig
@@ -83,6 +83,7 @@ class DPOConfig:
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]
     length_normalized: bool
     nll_weight: Annotated[float, Field(ge=0)]
+    share_prompts: bool
     train: TrainConfig
 
     def __post_init__(self) -> None:

@@ -124,6 +124,7 @@ def our_preferences(tokenizer: Any) -> list[Preference]:
 # for one pair is the sigmoid loss with smoothing.
 LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "sigmoid": ({}, {"loss_type": "sigmoid"}, 4),
+    "shared_prompts": ({"share_prompts": True}, {"loss_type": "sigmoid"}, 4),
     "ipo": ({"loss": "ipo"}, {"loss_type": "ipo"}, 4),
     "hinge": ({"loss": "hinge"}, {"loss_type": "hinge"}, 4),
     "robust": (
@@ -144,6 +145,8 @@ LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
 @pytest.mark.parametrize("name", LOSSES)
 def test_dpo_equals_trl(name: str, tokenizer: Any, tmp_path: Path) -> None:
     ours, theirs, at_once = LOSSES[name]
+    ours = dict(ours)
+    share = ours.pop("share_prompts", False)
     trainer = trl_dpo(tmp_path, tokenizer, beta=0.3, **theirs)
     preferences = our_preferences(tokenizer)
     for row, preference in zip(trainer.train_dataset, preferences, strict=True):
@@ -158,7 +161,7 @@ def test_dpo_equals_trl(name: str, tokenizer: Any, tmp_path: Path) -> None:
     expected = torch.stack(losses).mean()
     their_gradients = gradients(trainer.model, expected)
 
-    packed = PackedPreferences(preferences, ROW, pad_id=0, seed=1)
+    packed = PackedPreferences(preferences, ROW, pad_id=0, seed=1, share_prompts=share)
     packed.reference_n2 = reference_scores(
         Scorer(make_model(1, IMPLEMENTATION), kernel="plain"),
         packed,

@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -135,11 +136,17 @@ CHANGES: dict[str, Any] = {
     "precision": lambda job: change_config(job, precision="bf16"),
     "compile": lambda job: change_config(job, compile="default"),
     "deterministic": lambda job: change_config(job, deterministic=not job.config.deterministic),
+    "share_prompts": lambda job: change_dpo(job, share_prompts=not job.recipe.dpo.share_prompts),
 }
 
 
 def change_config(job: Any, **changes: Any) -> None:
     job.config = dataclasses.replace(job.config, **changes)
+
+
+def change_dpo(job: Any, **changes: Any) -> None:
+    changed = dataclasses.replace(job.recipe.dpo, **changes)
+    job.recipe = dataclasses.replace(job.recipe, dpo=changed)
 
 
 @pytest.mark.fault("C19")
@@ -246,6 +253,33 @@ def test_settings_of_the_loss_that_do_nothing_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         recipes.resolve(overrides=[f"dpo.{override}" for override in overrides])
+
+
+def test_what_the_recipe_says_reaches_rows_and_loss(
+    job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    rows = [dict(zip(columns, dataclasses.astuple(p), strict=True)) for p in PREFERENCES]
+    for part in ("rows", "validation"):
+        datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / part))
+    tokenizer = types.SimpleNamespace(pad_token_id=3)
+    monkeypatch.setattr(dpo.llama, "load_tokenizer", lambda _: tokenizer)
+    job.source = types.SimpleNamespace(folder=tmp_path)
+    job.run = types.SimpleNamespace(data=lambda _: tmp_path)
+    for share_prompts in (False, True):
+        change_dpo(job, share_prompts=share_prompts, loss="robust", label_smoothing=0.25)
+        for packed in dpo.preference_rows(job):
+            assert packed.share_prompts is share_prompts
+            assert packed.pad_id == 3
+            assert packed.preferences == PREFERENCES
+    change_dpo(job, beta=0.5, nll_weight=0.75, length_normalized=True)
+    assert dpo.objective(job.recipe.dpo).total.keywords == {
+        "beta": 0.5,
+        "nll_weight": 0.75,
+        "loss": "robust",
+        "label_smoothing": 0.25,
+        "length_normalized": True,
+    }
 
 
 @pytest.mark.fault("I06")

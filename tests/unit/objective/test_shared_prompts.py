@@ -1,0 +1,188 @@
+"""Answers that share one pass over their prompt score as each does alone after it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
+
+from sevenfold.data.packing import PackedPreferences, Preference
+from sevenfold.model.attention import IMPLEMENTATION, document_mask, may_look, register_attention
+from sevenfold.objective.next_token import Scorer
+from sevenfold.objective.preference import preference_objective, reference_scores
+
+VOCAB = 50
+ROW = 48
+BETA = 0.3
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def scorer() -> Scorer:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    register_attention()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_implementation=IMPLEMENTATION,
+        initializer_range=0.3,
+    )
+    return Scorer(LlamaForCausalLM(config), kernel="plain")
+
+
+def random_preferences(seed: int) -> list[Preference]:
+    """Return pairs and single answers of many lengths, some of them special."""
+    generator = np.random.default_rng(seed)
+
+    def tokens(length: int) -> list[int]:
+        return generator.integers(1, VOCAB, length).tolist()
+
+    def some(low: int, high: int) -> list[int]:
+        return tokens(int(generator.integers(low, high)))
+
+    usual = [Preference(some(1, 12), some(1, 9), some(1, 9)) for _ in range(8)]
+    cut = some(12, 20)
+    return [
+        *usual,
+        Preference(tokens(1), some(1, 9), some(1, 9)),
+        Preference(some(2, 9), some(1, 9), []),
+        Preference(tokens(1), tokens(1), []),
+        Preference(tokens(2), tokens(1), tokens(1)),
+        # The rejected answer is the chosen one, cut short.
+        Preference(some(1, 12), cut, cut[: len(cut) // 2]),
+        # Fills a row to its last token: the prompt, one more for the second branch, both answers.
+        Preference(tokens(20), tokens(15), tokens(ROW - 36)),
+    ]
+
+
+def packed(scorer: Scorer, preferences: list[Preference], *, share: bool) -> PackedPreferences:
+    rows = PackedPreferences(preferences, ROW, pad_id=0, seed=1, share_prompts=share)
+    rows.reference_n2 = reference_scores(
+        scorer, rows, micro_batch=2, device=CPU, autocast=torch.no_grad()
+    )
+    return rows
+
+
+def log_probability(scorer: Scorer, prompt: Any, answer: Any) -> torch.Tensor:
+    """Score one answer after its prompt, alone, as the model itself does it."""
+    ids = torch.tensor([[*prompt, *answer]])
+    logits = scorer.model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+    return -functional.cross_entropy(logits, torch.tensor(answer), reduction="sum")
+
+
+def one_by_one(scorer: Scorer, preferences: list[Preference], reference: Any) -> torch.Tensor:
+    total = torch.zeros(())
+    for preference, known in zip(preferences, reference, strict=True):
+        chosen = log_probability(scorer, preference.prompt, preference.chosen)
+        total = total - 0.5 * chosen / len(preference.chosen)
+        if preference.rejected:
+            rejected = log_probability(scorer, preference.prompt, preference.rejected)
+            margin = BETA * ((chosen - known[0]) - (rejected - known[1]))
+            total = total - functional.logsigmoid(margin)
+    return total
+
+
+def gradients(scorer: Scorer, total: torch.Tensor) -> dict[str, torch.Tensor]:
+    scorer.zero_grad()
+    total.backward()
+    return {n: p.grad.clone() for n, p in scorer.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.fault("H09")
+@pytest.mark.parametrize("seed", range(5))
+def test_branches_equal_every_answer_alone(scorer: Scorer, seed: int) -> None:
+    preferences = random_preferences(seed)
+    rows = packed(scorer, preferences, share=True)
+    assert rows.reference_n2 is not None
+    assert max(map(len, rows.packs)) > 2
+    for preference, scores in zip(preferences, rows.reference_n2, strict=True):
+        answers = [preference.chosen, preference.rejected]
+        alone = [
+            float(log_probability(scorer, preference.prompt, a).detach()) for a in answers if a
+        ]
+        assert scores[: len(alone)].tolist() == pytest.approx(alone, rel=1e-5, abs=1e-5)
+
+    noise = np.random.default_rng(seed).normal(size=rows.reference_n2.shape)
+    rows.reference_n2 += noise.astype(np.float32)
+    batch = rows.batch(np.arange(rows.num_rows), ROW)
+    objective = preference_objective(beta=BETA, nll_weight=0.5)
+    together = objective.total(scorer, batch).total
+    alone_total = one_by_one(scorer, preferences, rows.reference_n2)
+    assert objective.weigh(batch) == len(preferences)
+    assert float(together.detach()) == pytest.approx(float(alone_total.detach()), rel=1e-5)
+    first, second = gradients(scorer, together), gradients(scorer, alone_total)
+    for name, gradient in first.items():
+        assert torch.allclose(gradient, second[name], rtol=1e-4, atol=2e-5), name
+
+
+@pytest.mark.fault("I01")
+def test_the_first_loss_is_ln_2_with_shared_prompts(scorer: Scorer) -> None:
+    rows = packed(scorer, random_preferences(7), share=True)
+    summed = preference_objective(beta=BETA, nll_weight=0.0).total(
+        scorer, rows.batch(np.arange(rows.num_rows), ROW)
+    )
+    pairs = float(summed.extras["pairs"])
+    assert float(summed.total.detach()) / pairs == pytest.approx(math.log(2), abs=1e-6)
+    assert float(summed.extras["margin"]) == pytest.approx(0.0, abs=1e-5)
+    assert float(summed.extras["kl"]) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_pair_is_laid_out_as_a_trunk_with_two_branches() -> None:
+    preferences = [Preference([1, 2, 3], [4, 5], [6]), Preference([7], [8], [9])]
+    rows = PackedPreferences(preferences, 14, pad_id=0, seed=2, share_prompts=True)
+    assert rows.packs == [[0, 1]]
+    batch = rows.batch(np.array([0]), 14)
+    assert batch.documents_bt is not None
+    assert batch.branches_bt is not None
+    assert batch.answers_bt is not None
+    laid = {
+        "ids": (batch.inputs_bt, [1, 2, 3, 4, 5, 3, 6, 7, 8, 7, 9, 0, 0, 0]),
+        "targets": (batch.targets_bt, [-1, -1, 4, 5, -1, 6, -1, 8, -1, 9, -1, -1, -1, -1]),
+        "positions": (batch.positions_bt, [0, 1, 2, 3, 4, 2, 3, 0, 1, 0, 1, 0, 1, 2]),
+        "documents": (batch.documents_bt, [0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 2, -1, -1, -1]),
+        "branches": (batch.branches_bt, [0, 0, 1, 1, 1, 2, 2, 0, 0, 0, 0, 0, 0, 0]),
+        "answers": (batch.answers_bt, [-1, -1, 0, 0, -1, 1, -1, 2, -1, 3, -1, -1, -1, -1]),
+    }
+    for name, (tensor, wanted) in laid.items():
+        found = [-1 if value == -100 else value for value in tensor[0].tolist()]
+        assert found == wanted, name
+
+
+def test_sharing_saves_a_prompt_less_one_token_a_pair() -> None:
+    preferences = random_preferences(3)
+    sizes = [
+        sum(len(piece.ids) for n in preferences for piece in pieces(n))
+        for pieces in (lambda n: n.pieces, lambda n: n.branching_pieces)
+    ]
+    assert sizes[0] - sizes[1] == sum(len(n.prompt) - 1 for n in preferences if n.rejected)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_flex_attention_follows_the_same_rule_as_the_dense_mask() -> None:
+    """As far as a CPU can show it: FlexAttention's own masks and its forward, uncompiled."""
+    rows = PackedPreferences(random_preferences(5), ROW, pad_id=0, seed=1, share_prompts=True)
+    batch = rows.batch(np.arange(rows.num_rows), ROW)
+    assert batch.documents_bt is not None
+    dense = document_mask(batch.documents_bt, batch.branches_bt)
+    assert isinstance(dense, torch.Tensor)
+    rule = may_look(batch.documents_bt, batch.branches_bt)
+    shape = (batch.num_rows, None, ROW, ROW)
+    assert torch.equal(create_mask(rule, *shape, device="cpu"), dense)
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, batch.num_rows, 2, ROW, 16)
+    blocks = create_block_mask(rule, *shape, device="cpu", BLOCK_SIZE=16)
+    with torch.no_grad():
+        found = flex_attention(query, key, value, block_mask=blocks)
+        wanted = functional.scaled_dot_product_attention(query, key, value, attn_mask=dense)
+    assert torch.allclose(found, wanted, atol=1e-5)
