@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -163,35 +163,6 @@ def document_positions(documents: NDArray[np.int64]) -> NDArray[np.int64]:
     return index - np.maximum.accumulate(np.where(first, index, 0), axis=1)
 
 
-class RandomRows:
-    """Rows of random tokens, for a trial step before there is data."""
-
-    def __init__(self, row_length: int, *, vocab_size: int, documents_per_row: int | None):
-        """Serve any number of rows; None for plain causal ones."""
-        self.num_rows = 1 << 20
-        self.row_length = row_length
-        self.vocab_size = vocab_size
-        self.documents_per_row = documents_per_row
-
-    def batch(self, indices: NDArray[np.int64], length: int) -> Batch:
-        """Return rows that depend on the indices only."""
-        pieces = len(indices) * self.row_length // length
-        generator = np.random.default_rng(indices.tolist())
-        ids = generator.integers(0, self.vocab_size, (pieces, length))
-        documents = None
-        positions = np.broadcast_to(np.arange(length), ids.shape)
-        if self.documents_per_row is not None:
-            starts = generator.random(ids.shape) < self.documents_per_row / length
-            documents = np.cumsum(starts, axis=1, dtype=np.int64)
-            positions = document_positions(documents)
-        return Batch(
-            inputs_bt=torch.from_numpy(ids),
-            targets_bt=torch.from_numpy(np.roll(ids, -1, axis=1)),
-            positions_bt=torch.from_numpy(np.ascontiguousarray(positions)),
-            documents_bt=None if documents is None else torch.from_numpy(documents),
-        )
-
-
 class Batches:
     """The batch of every step, for one of ``world`` processes."""
 
@@ -273,7 +244,7 @@ class Batches:
         whole = self.source.batch(self.indices(step), self.length(step))
         return whole if self.world == 1 else whole.rows(self.rank, whole.num_rows, self.world)
 
-    def prefetch(self, start: int, *, depth: int = 2) -> Iterator[Batch]:
+    def prefetch(self, start: int, *, depth: int = 2) -> Generator[Batch, None, None]:
         """Yield the batches of steps ``start``, ``start`` + 1, ..., made ahead in one thread."""
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
             steps = range(start, self.num_steps)

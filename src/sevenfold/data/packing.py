@@ -191,6 +191,12 @@ class PackedPreferences:
     def _pieces(self, preference: Preference) -> list[Piece]:
         return preference.branching_pieces if self.share_prompts else preference.pieces
 
+    @property
+    def fill(self) -> float:
+        """Fraction of all positions that is not padding."""
+        used = sum(len(piece.ids) for p in self.preferences for piece in self._pieces(p))
+        return used / (self.num_rows * self.row_length)
+
     def batch(self, indices: NDArray[np.int64], length: int) -> Batch:
         """Return the rows with their answers numbered."""
         _require_whole(length, self.row_length)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import math
 import re
@@ -298,6 +299,17 @@ def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         seen.add(whole.data_ptr())
         separate[name] = whole
     return separate
+
+
+def digest(*parts: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of the names, types, shapes and values of all tensors, part by part."""
+    whole = hashlib.sha256()
+    for part in parts:
+        for name, tensor in sorted(part.items()):
+            whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            whole.update(flat.view(torch.uint8).numpy().data)
+    return whole.hexdigest()
 
 
 def random_state() -> dict[str, Tensor]:

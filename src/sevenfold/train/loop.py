@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,16 +22,10 @@ from sevenfold.train import checkpoint, launch, optimizer, parallel, resuming
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.recovery import Decisions, RollBack, StepGuard, StopRequest, stop_on_signal
 from sevenfold.train.schedule import learning_rate
+from sevenfold.train.watching import OTHER, UPDATE, Clock, Progress
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-class Progress(Protocol):
-    """Shows a row of metrics to whoever watches."""
-
-    def update(self, row: dict[str, Any]) -> None:
-        """Show one row."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -40,8 +34,8 @@ class Workbench:
 
     ``identity`` is what a checkpoint must agree with: fingerprints of the inputs and the stage's
     settings; ``program`` says what code and libraries train. ``flops_per_token`` maps a context
-    length to FLOPs; ``peak_flops`` is one GPU's, 0 where unknown. ``last`` is the last row of
-    metrics.
+    length to FLOPs; ``peak_flops`` is one GPU's, 0 where unknown. ``clock`` is told where the
+    phases of a step begin. ``last`` is the last row of metrics.
     """
 
     stage: str
@@ -62,6 +56,7 @@ class Workbench:
     guard: StepGuard
     decisions: Decisions
     program: dict[str, Any] = dataclasses.field(default_factory=dict)
+    clock: Clock = dataclasses.field(default_factory=Clock)
     step: int = 0
     tokens: int = 0
     elapsed_s: float = 0.0
@@ -124,12 +119,13 @@ def _settle(bench: Workbench) -> None:
 def _train(bench: Workbench, stop: StopRequest) -> None:
     """Train step after step, to the end or until something is wrong."""
     config = bench.config
-    for batch in bench.batches.prefetch(bench.step):
+    for batch in bench.clock.waiting(bench.batches.prefetch(bench.step)):
         started = time.perf_counter()
         launch.at_phase(bench.step + 1, "load")
         bench.checkpoints.check()
         length = bench.batches.length(bench.step)
         row = train_step(bench, batch, length, stop)
+        bench.clock.mark(OTHER)
         bench.step += 1
         bench.tokens += config.tokens_per_batch
         spent_s = time.perf_counter() - started
@@ -165,6 +161,7 @@ def train_step(bench: Workbench, batch: Batch, length: int, stop: StopRequest) -
     rate = learning_rate(bench.config.schedule, bench.step, bench.num_steps)
     optimizer.set_learning_rate(bench.optimizer, rate)
     sums = _fitting(bench, bench.step, length, lambda: _accumulate(bench, batch, length, weight))
+    bench.clock.mark(UPDATE)
     parameters = list(bench.trained.values())
     norm, grad_norm = optimizer.gradient_norm(parameters)
     launch.at_phase(bench.step + 1, "clip")

@@ -61,6 +61,12 @@ def clip_gradients(parameters: Iterable[Tensor], clip_norm: float, norm: Tensor)
     nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm, foreach=True)
 
 
+def draw_gradients(parameters: Iterable[Tensor]) -> None:
+    """Give every parameter a random gradient: what a benchmark of the optimizer works on."""
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+
+
 def state_bytes(model: nn.Module, config: OptimizerConfig) -> int:
     """Bytes that two moments of every trainable parameter take, 8-bit ones with their scales."""
     trainable = [p for p in model.parameters() if p.requires_grad]

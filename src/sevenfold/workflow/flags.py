@@ -35,20 +35,24 @@ class Parser(argparse.ArgumentParser):
 
 def _common(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("every step")
-    group.add_argument("--preset", metavar="NAME", help="recipe and gates (default: demo)")
-    group.add_argument("--config", type=Path, metavar="FILE", help="a recipe of your own")
     group.add_argument("--run", type=Path, metavar="DIR", help="run folder (runs/<preset>)")
+    _recipe(group)
     group.add_argument(
+        "--dry-run", action="store_true", help="check everything, plan memory, write nothing"
+    )
+    _debug(group)
+
+
+def _recipe(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--preset", metavar="NAME", help="recipe and gates (default: demo)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a recipe of your own")
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="A.B=C",
         help="change one value of the recipe; repeatable",
     )
-    group.add_argument(
-        "--dry-run", action="store_true", help="check everything, plan memory, write nothing"
-    )
-    _debug(group)
 
 
 def _debug(parser: argparse._ActionsContainer) -> None:
@@ -186,6 +190,32 @@ def _selftest(parser: argparse.ArgumentParser) -> None:
     )
 
 
+BENCHMARKS = (*GATED_STAGES, "checkpoint", "resume", "optimizer")
+
+
+def _bench(parser: argparse.ArgumentParser) -> None:
+    choices = "|".join(BENCHMARKS)
+    parser.add_argument("what", metavar="WHAT", type=_one_of(BENCHMARKS), help=choices)
+    parser.add_argument(
+        "--steps", type=_above_zero, metavar="N", help="steps to measure; checkpoint: per save"
+    )
+    parser.add_argument(
+        "--length",
+        type=_above_zero,
+        action="append",
+        default=[],
+        metavar="L",
+        help="context length in tokens instead of the recipe's; repeatable",
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="on the disk that checkpoint and resume measure (runs); nothing is left there",
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Verb:
     """One command: its name, what it does, the function that does it, and its flags."""
@@ -242,6 +272,12 @@ _TABLE = (
         "break small runs in every way that must do no harm",
         "sevenfold.workflow.selftest:selftest",
         (_selftest, _debug),
+    ),
+    Verb(
+        "bench",
+        "how fast this machine trains, saves and goes on",
+        "sevenfold.workflow.bench:bench",
+        (_bench, _recipe, _debug),
     ),
     Verb("doctor", "what this machine can do, what is missing", f"{_SHOW}:doctor", (_debug,)),
 )

@@ -177,7 +177,7 @@ def dry_run(job: Job, stages: Sequence[str], options: argparse.Namespace) -> Non
     arguments += [] if options.fp8 is None else ["--fp8" if options.fp8 else "--no-fp8"]
     for assignment in options.set:
         arguments += ["--set", assignment]
-    if not _on_all_gpus(job.run, arguments):
+    if not on_all_gpus(arguments, job.run):
         call("planning", "dry_run")(job.run, job.recipe, stages)
 
 
@@ -188,11 +188,13 @@ def _train_on_all_gpus(run: Run, stage: str, options: argparse.Namespace) -> boo
     for name in ("start_from", "force", "data"):
         value = getattr(options, name, None)
         arguments += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
-    return _on_all_gpus(run, [*arguments, *(["--debug"] if options.debug else [])])
+    return on_all_gpus([*arguments, *(["--debug"] if options.debug else [])], run)
 
 
-def _on_all_gpus(run: Run, arguments: list[str]) -> bool:
+def on_all_gpus(arguments: list[str], run: Run | None = None) -> bool:
     """Do a command in one process per GPU; False where one process, this one, is enough.
+
+    ``run`` is the run that it works on, whose lock this process holds; None for no run.
 
     Errors:
         SevenfoldError: the processes ended with an error, which they have printed themselves.
@@ -202,9 +204,11 @@ def _on_all_gpus(run: Run, arguments: list[str]) -> bool:
     num_processes = launch.num_processes_to_start()
     if num_processes == 1:
         return False
-    os.environ[LOCK_HELD_VARIABLE] = str(run.folder.resolve())
-    module = ["-m", "sevenfold.workflow.cli"]
-    code = launch.launch([*module, *arguments, "--run", str(run.folder)], num_processes)
+    command = ["-m", "sevenfold.workflow.cli", *arguments]
+    if run is not None:
+        os.environ[LOCK_HELD_VARIABLE] = str(run.folder.resolve())
+        command += ["--run", str(run.folder)]
+    code = launch.launch(command, num_processes)
     if code:
         kinds = {kind.exit_code: kind for kind in SevenfoldError.__subclasses__()}
         raise kinds.get(code, SevenfoldError)(

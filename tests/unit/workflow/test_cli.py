@@ -348,11 +348,11 @@ def test_a_dry_run_on_several_gpus_keeps_the_precision(
 ) -> None:
     started: list[list[str]] = []
 
-    def on_all_gpus(run: object, arguments: list[str]) -> bool:
+    def on_all_gpus(arguments: list[str], run: object) -> bool:
         started.append(arguments)
         return True
 
-    monkeypatch.setattr(steps, "_on_all_gpus", on_all_gpus)
+    monkeypatch.setattr(steps, "on_all_gpus", on_all_gpus)
     assert cli.execute(["sft", "--no-fp8", "--set", "seed=4", "--dry-run"]) == 0
     expected = ["sft", "--dry-run", "--preset", "demo", "--no-fp8", "--set", "seed=4"]
     assert started == [expected]

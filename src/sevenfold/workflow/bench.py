@@ -1,0 +1,379 @@
+"""`sevenfold bench`: how fast a stage trains here, saves and goes on; one JSON line a case.
+
+Random weights and random tokens, everything else as in a run (`trial`). The lines go to standard
+output, all else to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sevenfold.base import console, records, storage
+from sevenfold.base.errors import CheckpointError, UsageError
+from sevenfold.base.hardware import detect_gpu_type, peak_memory_gib, power_limit_w, release_memory
+from sevenfold.data.packing import PackedPreferences
+from sevenfold.data.random_rows import RandomRows
+from sevenfold.train import checkpoint, loop, optimizer, parallel, planner, resuming
+from sevenfold.train.config import ContextPhase, TrainConfig
+from sevenfold.train.watching import OTHER, WAIT, Stopwatch, totals
+from sevenfold.workflow import planning, steps, training, trial
+from sevenfold.workflow import recipe as recipes
+from sevenfold.workflow.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+TRAINING = ("pretrain", "sft", "dpo", "lora")
+# Steps that are measured unless --steps says so; of checkpoint, steps from one save to the next.
+STEPS = {**dict.fromkeys(TRAINING, 20), "checkpoint": 6, "resume": 1, "optimizer": 20}
+LEAST_STEPS = {"checkpoint": trial.WARM_UP + 2}
+FOLDER = ".bench-checkpoints"
+# Where a checkpoint is saved before the one that is measured: the second reuses pinned memory.
+NUM_SAVES = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What is measured, and with what."""
+
+    what: str
+    preset: str
+    recipe: Recipe
+    stage: str
+    config: TrainConfig
+    num_steps: int
+    lengths: tuple[int, ...]
+    folder: Path
+
+
+def bench(options: argparse.Namespace) -> None:
+    """Measure one thing, on all visible GPUs, and print one JSON line a case.
+
+    Errors:
+        UsageError: a flag means nothing for what is measured.
+        SevenfoldError: as in `trial.measure`.
+    """
+    _require_sense(options)
+    if steps.on_all_gpus(_arguments(options)):
+        return
+    folder = options.folder / FOLDER
+    # A folder that holds no run: what is measured is the preset, not what was made of it once.
+    run, recipe = recipes.resolve(options.preset, options.config, options.set, folder)
+    stage = options.what if options.what in TRAINING else "pretrain"
+    config = training.decide(planning.train_config(recipe, stage))
+    if options.what == "optimizer":
+        config = dataclasses.replace(config, compile="none")
+    asked = Bench(
+        what=options.what,
+        preset=run.preset,
+        recipe=recipe,
+        stage=stage,
+        config=config,
+        num_steps=max(options.steps or STEPS[options.what], LEAST_STEPS.get(options.what, 1)),
+        lengths=_lengths(options, config),
+        folder=folder,
+    )
+    cases = {"checkpoint": _checkpoint, "resume": _resume, "optimizer": _optimizer}
+    try:
+        for found in cases.get(options.what, _training)(asked):
+            if parallel.join().is_main:
+                console.print_raw(json.dumps(found) + "\n")
+    finally:
+        if parallel.join().is_main:
+            storage.remove_folder(folder)
+
+
+def _arguments(options: argparse.Namespace) -> list[str]:
+    arguments = ["bench", options.what, "--folder", str(options.folder)]
+    for name in ("preset", "config", "steps"):
+        value = getattr(options, name)
+        arguments += [] if value is None else [f"--{name}", str(value)]
+    for name in ("set", "length"):
+        for value in getattr(options, name):
+            arguments += [f"--{name}", str(value)]
+    return [*arguments, *(["--debug"] if options.debug else [])]
+
+
+def _require_sense(options: argparse.Namespace) -> None:
+    """Refuse flags that would have no effect."""
+    if options.what == "resume" and options.steps is not None:
+        raise UsageError("--steps means nothing to bench resume, which does one step; leave it out")
+    most = {"optimizer": 0, "checkpoint": 1, "resume": 1}.get(options.what, len(options.length))
+    if len(options.length) > most:
+        raise UsageError(
+            f"--length is given {len(options.length)} times; bench {options.what} takes it {most} "
+            "times, leave the others out"
+        )
+
+
+def _lengths(options: argparse.Namespace, config: TrainConfig) -> tuple[int, ...]:
+    """Return the context lengths to measure; of what is no training stage, one, the longest."""
+    if options.what not in TRAINING:
+        return (*options.length, config.longest_context)[:1]
+    return tuple(sorted(set(options.length) or {phase.length for phase in config.contexts}))
+
+
+def _training(asked: Bench) -> Iterator[dict[str, Any]]:
+    tried = trial.prepare(asked.recipe, asked.stage, asked.config)
+    for length in asked.lengths:
+        log.info("bench %s: %d steps at %d tokens", asked.what, asked.num_steps, length)
+        found = trial.measure(tried, length, num_steps=asked.num_steps)
+        rate = asked.config.tokens_per_batch / found.step_s / tried.processes.world
+        yield {
+            **_facts(asked, tried, length),
+            "tokens_s_per_gpu": rate,
+            **_rates(asked, found, rate),
+            "mfu": _mfu(asked, rate, length),
+            "peak_gib": found.peak_gib,
+            "planned_gib": _planned_gib(asked, tried, length),
+            "step_s": found.step_s,
+            **{f"{phase}_s": seconds for phase, seconds in found.phases_s.items()},
+            "slowest_step_s": found.slowest_step_s,
+            "first_step_s": found.first_step_s,
+            **_program(),
+        }
+
+
+def _rates(asked: Bench, found: trial.Measured, rate: float) -> dict[str, float]:
+    """Return what else is counted in packed rows: tokens without padding, pairs of answers."""
+    rows = found.rows
+    if isinstance(rows, RandomRows):
+        return {}
+    more = {"non_padding_tokens_s_per_gpu": rate * rows.fill}
+    if isinstance(rows, PackedPreferences):
+        pairs_per_row = len(rows.preferences) / rows.num_rows
+        more["pairs_s_per_gpu"] = rate / rows.row_length * pairs_per_row
+    return more
+
+
+def _mfu(asked: Bench, rate: float, length: int) -> float | None:
+    """Return the share of the dense BF16 peak; of LoRA, which computes less, there is none."""
+    peak = detect_gpu_type()["peak_bf16_tflops"] * 1e12
+    if not peak or asked.stage == "lora":
+        return None
+    return rate * asked.recipe.model.flops_per_token(length) / peak
+
+
+def _planned_gib(asked: Bench, tried: trial.Trial, length: int) -> float:
+    """Return the peak that the planner expects at one context length."""
+    adapter = asked.recipe.lora.adapter.num_parameters(asked.recipe.model)
+    config = asked.config
+    lengths = sorted({length, config.longest_context})
+    contexts = [
+        ContextPhase(length=each, until=(number + 1) / len(lengths))
+        for number, each in enumerate(lengths)
+    ]
+    plan = planner.plan(
+        asked.recipe.model,
+        dataclasses.replace(config, contexts=tuple(contexts)),
+        num_steps=asked.num_steps,
+        precision="fp32" if config.precision == "auto" else config.precision,
+        world_size=tried.processes.world,
+        loss_kernel=tried.scorer.kernel,  # type: ignore[arg-type]
+        compiled=config.compile != "none",
+        num_trainable_parameters=adapter if asked.stage == "lora" else None,
+    )
+    return next(part.peak_gib for part in plan.memory if part.seq_len == length)
+
+
+def _facts(asked: Bench, tried: trial.Trial, length: int) -> dict[str, Any]:
+    config = asked.config
+    return {
+        "case": asked.what,
+        "preset": asked.preset,
+        "stage": asked.stage,
+        "seq_len": length,
+        "tokens_per_batch": config.tokens_per_batch,
+        "micro_batch": config.micro_batch,
+        "steps": asked.num_steps,
+        "precision": config.precision,
+        "weights": config.weights,
+        "compile": config.compile,
+        "recompute": config.recompute,
+        "deterministic": config.deterministic,
+        "mask_documents": config.mask_documents,
+        "optimizer": config.optimizer.kind,
+        "loss_kernel": tried.scorer.kernel,
+        "liger": asked.recipe.kernels.liger,
+        "processes": tried.processes.world,
+    }
+
+
+def _program() -> dict[str, Any]:
+    return {
+        "gpu": detect_gpu_type()["name"],
+        "power_limit_w": power_limit_w(),
+        "code": records.code_version(),
+        "versions": records.package_versions(),
+    }
+
+
+class _Timed(checkpoint.Checkpoints):
+    """Checkpoints that note how long each took until it was on the disk."""
+
+    durable_s: float = 0.0
+
+    def save(self, snapshot: checkpoint.Snapshot) -> None:
+        """Save as ever."""
+        started = time.perf_counter()
+        super().save(snapshot)
+        assert self._writing is not None
+
+        def note(_: object) -> None:
+            self.durable_s = time.perf_counter() - started
+
+        self._writing.add_done_callback(note)
+
+
+def _checkpoint(asked: Bench) -> Iterator[dict[str, Any]]:
+    """Save twice while training goes on; only one checkpoint lies on the disk at a time."""
+    tried = trial.prepare(asked.recipe, asked.stage, asked.config)
+    every, length = asked.num_steps, asked.lengths[0]
+    checkpoints = _Timed(asked.folder, keep=1)
+    made = trial.make_bench(
+        tried,
+        length,
+        num_steps=NUM_SAVES * every + 1,
+        checkpoints=checkpoints,
+        checkpoint_every=every,
+    )
+    for number in range(NUM_SAVES):
+        first = made.step
+        save_step = (number + 1) * every
+        # To the step after the save, which may be slower while the copy is under way.
+        seconds = trial.train(made, save_step + 1 - first)
+        saving, following = seconds[-2:]
+        usual = seconds[trial.WARM_UP if first == 0 else 1 : -2]
+        usual_s = statistics.median(totals(usual))
+        call_s = saving[OTHER] - statistics.median(step[OTHER] for step in usual)
+        extra_s = max(0.0, totals([following])[0] - usual_s)
+        size_bytes = 0
+        if tried.processes.is_main:
+            folder = checkpoints.path(save_step)
+            size_bytes = sum(p.stat().st_size for p in folder.iterdir())
+            storage.remove_folder(folder)
+        tried.processes.wait()
+        yield {
+            **_facts(asked, tried, length),
+            "save": number + 1,
+            "blocked_s": call_s + extra_s,
+            "call_s": call_s,
+            "next_step_extra_s": extra_s,
+            "durable_s": checkpoints.durable_s,
+            "bytes": size_bytes,
+            "step_s": usual_s,
+            **_program(),
+        }
+
+
+def _resume(asked: Bench) -> Iterator[dict[str, Any]]:
+    """Save, forget everything, and go on: model from random weights, kernels from warm caches."""
+    length = asked.lengths[0]
+    expected = _save_one(asked, length)
+    torch.compiler.reset()  # what was compiled holds on to the weights
+    release_memory()
+    _drop_from_page_cache(asked.folder)
+    started = time.perf_counter()
+    tried = trial.prepare(asked.recipe, asked.stage, asked.config)
+    made = _saving_bench(asked, tried, length)
+    built = time.perf_counter()
+    resuming.resume(made)
+    _wait_for_gpu()
+    restored = time.perf_counter()
+    if digest(made) != expected:
+        raise CheckpointError(
+            f"{made.checkpoints.path(made.step)}: what was restored is not what was saved; this "
+            "is a mistake of Sevenfold's: report it with the output of sevenfold doctor"
+        )
+    compared = time.perf_counter()
+    trial.train(made, 1)
+    _wait_for_gpu()
+    ended = time.perf_counter()
+    yield {
+        **_facts(asked, tried, length),
+        "resume_s": ended - started - (compared - restored),
+        "build_s": built - started,
+        "restore_s": restored - built,
+        "first_step_s": ended - compared,
+        "identical": True,
+        **_program(),
+    }
+
+
+def _save_one(asked: Bench, length: int) -> str:
+    """Train a little, save, and return the digest of what was saved."""
+    made = _saving_bench(asked, trial.prepare(asked.recipe, asked.stage, asked.config), length)
+    trial.train(made, trial.WARM_UP)
+    return digest(made)
+
+
+def _saving_bench(asked: Bench, tried: trial.Trial, length: int) -> loop.Workbench:
+    return trial.make_bench(
+        tried,
+        length,
+        num_steps=trial.WARM_UP + 1,
+        checkpoints=checkpoint.Checkpoints(asked.folder, keep=1),
+        checkpoint_every=trial.WARM_UP,
+    )
+
+
+def digest(made: loop.Workbench) -> str:
+    """Return a SHA-256 of weights, optimizer and random states."""
+    moments = parallel.gather_optimizer(made.scorer, made.optimizer, made.processes)
+    return checkpoint.digest(loop.trained_state(made), moments, checkpoint.random_state())
+
+
+def _drop_from_page_cache(folder: Path) -> None:
+    """Let the files under ``folder`` be read from the disk, as after a restart of the machine."""
+    for path in folder.rglob("*.safetensors"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _optimizer(asked: Bench) -> Iterator[dict[str, Any]]:
+    """Time gradient norm, clipping and update on random gradients, without forward or backward."""
+    tried = trial.prepare(asked.recipe, asked.stage, asked.config)
+    made = trial.make_bench(tried, asked.lengths[0], num_steps=1)
+    optimizer.set_learning_rate(made.optimizer, asked.config.schedule.peak_lr)
+    parameters = list(made.trained.values())
+    watch = Stopwatch(0, device=tried.processes.device)
+    for _ in range(trial.WARM_UP + asked.num_steps):
+        optimizer.draw_gradients(parameters)
+        watch.mark(WAIT)
+        watch.mark("clip")
+        norm, _value = optimizer.gradient_norm(parameters)
+        optimizer.clip_gradients(parameters, asked.config.optimizer.clip_norm, norm)
+        watch.mark("update")
+        made.optimizer.step()
+        watch.mark(OTHER)
+        made.optimizer.zero_grad(set_to_none=True)
+    seconds = watch.seconds()
+    warm = seconds[trial.WARM_UP :]
+    clip_s, update_s = (
+        statistics.median(step[part] for step in warm) for part in ("clip", "update")
+    )
+    yield {
+        **_facts(asked, tried, asked.lengths[0]),
+        "optimizer_s": statistics.median(step["clip"] + step["update"] for step in warm),
+        "clip_s": clip_s,
+        "update_s": update_s,
+        "first_step_s": seconds[0]["clip"] + seconds[0]["update"],
+        "peak_gib": peak_memory_gib(),
+        "parameters": sum(p.numel() for p in parameters),
+        **_program(),
+    }

@@ -1,0 +1,245 @@
+"""A stage on random weights and random tokens: what is rehearsed before a run, and benchmarked.
+
+Everything else is the stage's own: model, kernels, precision, sharding, objective, optimizer and
+`loop.fit`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sevenfold.base import records, storage
+from sevenfold.base.config import to_plain
+from sevenfold.base.errors import DivergedError, StoppedError
+from sevenfold.base.hardware import OOMHandler, detect_gpu_type, peak_memory_gib
+from sevenfold.data.batches import Batches
+from sevenfold.data.packing import PackedConversations, PackedPreferences
+from sevenfold.data.random_rows import RandomRows, random_conversations, random_preferences
+from sevenfold.model import attention
+from sevenfold.model import lora as adapters
+from sevenfold.objective.next_token import NEXT_TOKEN, Objective, Scorer
+from sevenfold.objective.preference import preference_objective
+from sevenfold.train import checkpoint, loop, optimizer, parallel
+from sevenfold.train.config import ContextPhase, TrainConfig
+from sevenfold.train.recovery import Decisions, StepGuard
+from sevenfold.train.watching import COMPUTE, OTHER, UPDATE, WAIT, Stopwatch, TimeIsUp, totals
+from sevenfold.workflow import workbench
+from sevenfold.workflow.recipe import Recipe
+
+# The first step compiles, the second allocates with the optimizer's state in place.
+WARM_UP = 2
+DOCUMENTS_PER_ROW = 8
+NEVER = 1 << 30
+# Enough that rows do not repeat within a measurement, few enough to be made in a second or two.
+MOST_TOKENS = 1 << 22
+
+
+Rows = RandomRows | PackedConversations | PackedPreferences
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A stage's model with random weights, and its optimizer."""
+
+    recipe: Recipe
+    stage: str
+    config: TrainConfig
+    processes: parallel.Processes
+    scorer: Scorer
+    optimizer: torch.optim.Optimizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Medians over the steps after the warm-up, in seconds, and the peak of memory since then.
+
+    ``rows`` are what was trained on.
+    """
+
+    first_step_s: float
+    step_s: float
+    slowest_step_s: float
+    phases_s: dict[str, float]
+    peak_gib: float
+    rows: Rows
+
+
+class _NotKept(checkpoint.Checkpoints):
+    """Checkpoints of a trial that is to leave nothing behind."""
+
+    def save(self, snapshot: checkpoint.Snapshot) -> None:
+        """Do nothing."""
+
+
+class _NotWritten(storage.JsonLines):
+    """Metrics of a trial, which are measured from outside."""
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def rewind(self, last_step: int) -> None:
+        """Do nothing."""
+
+
+def prepare(recipe: Recipe, stage: str, config: TrainConfig) -> Trial:
+    """Build the stage's model with random weights, as ``config`` (decided) wants it trained."""
+    processes = parallel.join()
+    scorer = _random_scorer(recipe, stage, config, processes)
+    return Trial(
+        recipe=recipe,
+        stage=stage,
+        config=config,
+        processes=processes,
+        scorer=scorer,
+        optimizer=optimizer.make_optimizer(scorer, config.optimizer),
+    )
+
+
+def _random_scorer(
+    recipe: Recipe, stage: str, config: TrainConfig, processes: parallel.Processes
+) -> Scorer:
+    from transformers import LlamaForCausalLM
+
+    kernel = workbench.set_backends(config, recipe.kernels)
+    torch.manual_seed(recipe.seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(workbench.DTYPES[config.weights])
+    try:
+        with processes.device:
+            model = LlamaForCausalLM._from_config(
+                recipe.model.to_hf(), attn_implementation=attention.IMPLEMENTATION
+            )
+    finally:
+        torch.set_default_dtype(before)
+    scorer = workbench.make_scorer(model.train(), config, kernel)
+    if stage == "lora":
+        scorer.model = adapters.add_adapter(scorer.model, recipe.lora.adapter)
+    workbench.place(scorer, config, processes)
+    return scorer
+
+
+def random_rows(trial: Trial, length: int, num_steps: int) -> Rows:
+    """Return rows of the stage's kind: plain or packed text, conversations, or pairs of answers."""
+    config, recipe = trial.config, trial.recipe
+    longest, vocab_size = config.longest_context, recipe.model.vocab_size
+    if trial.stage == "pretrain":
+        documents = max(1, DOCUMENTS_PER_ROW * length // longest)
+        return RandomRows(
+            longest,
+            vocab_size=vocab_size,
+            documents_per_row=documents if config.mask_documents else None,
+        )
+    num_tokens = min(MOST_TOKENS, config.tokens_per_batch * num_steps)
+    if trial.stage == "dpo":
+        return random_preferences(num_tokens, longest, vocab_size=vocab_size, seed=recipe.seed)
+    return random_conversations(num_tokens, longest, vocab_size=vocab_size, seed=recipe.seed)
+
+
+def make_bench(
+    trial: Trial,
+    length: int,
+    *,
+    num_steps: int,
+    rows: Rows | None = None,
+    checkpoints: checkpoint.Checkpoints | None = None,
+    checkpoint_every: int = NEVER,
+) -> loop.Workbench:
+    """Put the trial on a bench, at one context length; ``num_steps`` come before its last step.
+
+    ``rows`` are drawn where there are none. Without ``checkpoints`` nothing is written; the metrics
+    never are.
+    """
+    recipe, config, processes = trial.recipe, trial.config, trial.processes
+    config = dataclasses.replace(
+        config, validate_every=NEVER, log_every=NEVER, checkpoint_every=checkpoint_every
+    )
+    return loop.Workbench(
+        stage=trial.stage,
+        scorer=trial.scorer,
+        objective=_objective(trial),
+        batches=Batches(
+            rows or random_rows(trial, length, num_steps),
+            tokens_per_batch=config.tokens_per_batch,
+            contexts=[ContextPhase(length=length, until=1.0)],
+            num_steps=num_steps + 1,
+            seed=recipe.seed,
+            rank=processes.rank,
+            world=processes.world,
+        ),
+        validation=[],
+        optimizer=trial.optimizer,
+        config=config,
+        processes=processes,
+        checkpoints=checkpoints or _NotKept(Path(os.devnull), keep=1),
+        metrics=_NotWritten(Path(os.devnull)),
+        memory=OOMHandler(config.micro_batch, enabled=False),
+        progress=workbench.Unseen(),
+        identity={"inputs": {}, "config": to_plain(config)},
+        flops_per_token=recipe.model.flops_per_token,
+        peak_flops=detect_gpu_type()["peak_bf16_tflops"] * 1e12,
+        guard=StepGuard(sigma=None, max_in_a_row=NEVER),
+        decisions=Decisions(),
+        program={"code": records.code_version()},
+    )
+
+
+def _objective(trial: Trial) -> Objective:
+    if trial.stage != "dpo":
+        return NEXT_TOKEN
+    dpo = trial.recipe.dpo
+    return preference_objective(beta=dpo.beta, nll_weight=dpo.nll_weight)
+
+
+def train(bench: loop.Workbench, num_steps: int, *, warm_up: int = 0) -> list[dict[str, float]]:
+    """Train ``num_steps`` by `loop.fit` and return the seconds of each phase of each step.
+
+    Errors:
+        DivergedError: a step was skipped, so its time is not that of a step.
+        StoppedError: a signal came; nothing is kept.
+    """
+    watch = Stopwatch(num_steps, device=bench.processes.device, warm_up=warm_up)
+    bench.clock = watch
+    try:
+        with contextlib.suppress(TimeIsUp):
+            loop.fit(bench)
+    except StoppedError:
+        raise StoppedError("stopped by a signal; a trial keeps nothing, start it again") from None
+    if bench.guard.num_skipped:
+        raise DivergedError(
+            f"{bench.guard.num_skipped} of {num_steps} steps on random tokens were skipped, since "
+            "their numbers were not finite; choose another precision, or report it"
+        )
+    return watch.seconds()
+
+
+def measure(trial: Trial, length: int, *, num_steps: int) -> Measured:
+    """Train a few steps to warm up and ``num_steps`` more; return what they took.
+
+    Errors:
+        MemoryExhaustedError: it does not fit at the configured micro-batch.
+        DivergedError, StoppedError: as in :func:`train`.
+    """
+    whole = WARM_UP + num_steps
+    rows = random_rows(trial, length, whole)
+    bench = make_bench(trial, length, num_steps=whole, rows=rows)
+    steps = train(bench, whole, warm_up=WARM_UP)
+    warm = steps[WARM_UP:]
+    return Measured(
+        first_step_s=totals(steps)[0],
+        step_s=statistics.median(totals(warm)),
+        slowest_step_s=max(totals(warm)),
+        phases_s={
+            phase: statistics.median(step[phase] for step in warm)
+            for phase in (WAIT, COMPUTE, UPDATE, OTHER)
+        },
+        peak_gib=peak_memory_gib(),
+        rows=rows,
+    )
