@@ -72,7 +72,7 @@ MUTATIONS = (
         "B12",
         "weights are looked at before they are saved",
         f"{TRAIN}/loop.py",
-        "    if bad := _not_finite(bench, bench.trained):\n",
+        "    if bad := parallel.not_finite(bench.trained, bench.processes):\n",
         "    if bad := []:\n",
         ("tests/unit/train/test_recovery.py", "-k", "never_saved"),
     ),

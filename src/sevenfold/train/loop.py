@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -258,7 +258,7 @@ def _skip(bench: Workbench, problem: str) -> None:
     event = {
         "event": "skip",
         "why": problem,
-        "tensors": _not_finite(bench, gradients)[:8],
+        "tensors": parallel.not_finite(gradients, bench.processes)[:8],
         "rows": [int(row) for row in bench.batches.indices(bench.step)],
     }
     _note(bench, bench.step + 1, event)
@@ -266,13 +266,6 @@ def _skip(bench: Workbench, problem: str) -> None:
     if bench.guard.has_had_enough:
         problem = f"{problem}; {bench.guard.in_a_row} steps in a row were skipped"
         raise RollBack(problem, step=bench.step + 1)
-
-
-def _not_finite(bench: Workbench, tensors: Mapping[str, Any]) -> list[str]:
-    """Names of the tensors that hold a NaN or an infinity in any process."""
-    parts = (t.to_local() if hasattr(t, "to_local") else t for t in tensors.values())
-    flags = bench.processes.sum([float(not torch.isfinite(part).all()) for part in parts])
-    return [name for name, bad in zip(tensors, flags, strict=True) if bad]
 
 
 def _go_back(bench: Workbench, trouble: RollBack) -> None:
@@ -356,12 +349,21 @@ def save(bench: Workbench, *, held_out_loss: float | None = None) -> None:
 
     Errors:
         RollBack: a weight is not finite; such weights are never saved.
+        MemoryExhaustedError: a GPU has no room to put sharded weights together.
     """
-    launch.at_phase(bench.step, "save")
-    if bad := _not_finite(bench, bench.trained):
+    asked = launch.at_phase(bench.step, "save")
+    if bad := parallel.not_finite(bench.trained, bench.processes):
         raise RollBack(f"weight {bad[0]} is not finite", step=bench.step)
-    model = trained_state(bench)
-    moments = parallel.gather_optimizer(bench.scorer, bench.optimizer, bench.processes)
+    try:
+        if "oom" in asked:
+            raise torch.OutOfMemoryError("injected")
+        model = trained_state(bench)
+        moments = parallel.gather_optimizer(bench.scorer, bench.optimizer, bench.processes)
+    except torch.OutOfMemoryError as error:
+        raise MemoryExhaustedError(
+            f"step {bench.step}: out of memory while the checkpoint was put together; the one "
+            "before is whole. Set a smaller micro_batch and run the same command again"
+        ) from error
     if not bench.processes.is_main:
         return
     state = {

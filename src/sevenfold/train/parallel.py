@@ -94,6 +94,13 @@ def shard(scorer: nn.Module, layers: list[nn.Module], processes: Processes, *, b
     fully_shard(scorer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
+def not_finite(tensors: Mapping[str, Any], processes: Processes) -> list[str]:
+    """Return the names of the tensors that hold a NaN or an infinity in any process."""
+    parts = (t.to_local() if hasattr(t, "to_local") else t for t in tensors.values())
+    flags = processes.sum([float(not torch.isfinite(part).all()) for part in parts])
+    return [name for name, bad in zip(tensors, flags, strict=True) if bad]
+
+
 def gather_model(model: nn.Module, processes: Processes) -> dict[str, Tensor]:
     """Return all parameters and buffers whole, on the CPU of the main process."""
     if processes.world == 1:

@@ -268,6 +268,18 @@ def test_out_of_memory_in_validation_halves_too(tmp_path: Path) -> None:
     assert row["validation_loss"] > 0
 
 
+@pytest.mark.fault("E08")
+def test_out_of_memory_in_a_save_ends_with_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEVENFOLD_FAULTS", "oom@step=10:phase=save")
+    with pytest.raises(MemoryExhaustedError, match=r"step 10: .* put together; .*smaller micro_b"):
+        loop.fit(bench(tmp_path))
+    made = bench(tmp_path)
+    assert made.step == 5
+    loop.fit(made)
+
+
 # --- decisions
 
 
