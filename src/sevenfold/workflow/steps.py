@@ -62,14 +62,18 @@ def download(options: argparse.Namespace) -> None:
 def clean(options: argparse.Namespace) -> None:
     """Step 02."""
     with working_on(options) as job:
-        if not _ends_dry(options, f"02 would clean into {job.run.data('clean')}"):
+        if not _ends_dry(
+            options, f"02 would clean into {job.run.data('clean')}", job.run.data("raw")
+        ):
             call("prepare", "clean")(job.run, job.recipe)
 
 
 def tokenize(options: argparse.Namespace) -> None:
     """Step 03."""
     with working_on(options) as job:
-        if not _ends_dry(options, f"03 would pack into {job.run.data('packed')}"):
+        if not _ends_dry(
+            options, f"03 would pack into {job.run.data('packed')}", job.run.data("clean")
+        ):
             call("prepare", "tokenize_and_pack")(job.run, job.recipe)
 
 
@@ -77,7 +81,9 @@ def initialize(options: argparse.Namespace) -> None:
     """Step 04."""
     with working_on(options) as job:
         parameters = job.recipe.model.num_parameters
-        if not _ends_dry(options, f"04 would write a model of {parameters:,} parameters"):
+        if not _ends_dry(
+            options, f"04 would write a model of {parameters:,} parameters", job.run.tokenizer
+        ):
             call("initialize", "initialize")(job.run, job.recipe)
 
 
@@ -89,7 +95,11 @@ def pretrain(options: argparse.Namespace) -> None:
 def prepare_sft(options: argparse.Namespace) -> None:
     """Step 06."""
     with working_on(options, source_overrides(["sft.data", "lora.data"], options.source)) as job:
-        if not _ends_dry(options, f"06 would prepare {job.run.data('sft')} and its like for lora"):
+        if not _ends_dry(
+            options,
+            f"06 would prepare {job.run.data('sft')} and its like for lora",
+            job.run.tokenizer,
+        ):
             call("prepare", "prepare_sft")(job.run, job.recipe)
 
 
@@ -101,7 +111,7 @@ def sft(options: argparse.Namespace) -> None:
 def prepare_dpo(options: argparse.Namespace) -> None:
     """Step 08."""
     with working_on(options, source_overrides(["dpo.data"], options.source)) as job:
-        if not _ends_dry(options, f"08 would prepare {job.run.data('dpo')}"):
+        if not _ends_dry(options, f"08 would prepare {job.run.data('dpo')}", job.run.tokenizer):
             call("prepare", "prepare_dpo")(job.run, job.recipe)
 
 
@@ -119,7 +129,11 @@ def evaluate(options: argparse.Namespace) -> None:
     """Step 11."""
     with working_on(options) as job:
         tasks = job.recipe.evaluate.tasks_of(options.stage)
-        if not _ends_dry(options, f"11 would measure {', '.join(task.name for task in tasks)}"):
+        if not _ends_dry(
+            options,
+            f"11 would measure {', '.join(task.name for task in tasks)}",
+            job.run.model(options.stage),
+        ):
             call("evaluation", "evaluate_stage")(job.run, job.recipe, options.stage)
 
 
@@ -127,7 +141,11 @@ def check(options: argparse.Namespace) -> None:
     """Step 12."""
     with working_on(options) as job:
         gates_file = options.gates or recipes.gates_file()
-        if not _ends_dry(options, f"12 would judge {options.stage} by {gates_file}"):
+        if not _ends_dry(
+            options,
+            f"12 would judge {options.stage} by {gates_file}",
+            job.run.model(options.stage),
+        ):
             call("evaluation", "check_stage")(job.run, job.recipe, options.stage, gates_file)
 
 
@@ -251,9 +269,18 @@ def _sources(job: Job) -> str:
     return ", ".join(source.location for source in sources) or "the embedded village"
 
 
-def _ends_dry(options: argparse.Namespace, plan: str) -> bool:
-    """Say what would be done if this is a dry run."""
+def _ends_dry(options: argparse.Namespace, plan: str, *inputs: Path) -> bool:
+    """Say what would be done if this is a dry run, once the inputs that are there were checked.
+
+    Errors:
+        BadDataError: a file of an input is not what its manifest says.
+    """
     if options.dry_run:
+        for folder in inputs:
+            if (folder / storage.MANIFEST).is_file():
+                storage.verify_folder(folder)
+            else:
+                plan += f"; {folder} is not there yet"
         console.print_line(f"dry run: {plan}; nothing was written")
     return bool(options.dry_run)
 

@@ -201,6 +201,21 @@ def test_a_dry_run_writes_nothing(place: Path, capsys: pytest.CaptureFixture[str
     assert [path.name for path in place.iterdir()] == ["a.txt"]
 
 
+def test_a_dry_run_checks_the_inputs_that_are_there(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = Path("runs/demo/data/raw")
+    assert cli.execute(["clean", "--dry-run"]) == 0
+    assert f"{raw} is not there yet; nothing was written" in capsys.readouterr().out
+    with storage.new_folder(place / raw, kind="raw") as folder:
+        (folder / "documents.jsonl").write_text("{}\n")
+    assert cli.execute(["clean", "--dry-run"]) == 0
+    assert "not there yet" not in capsys.readouterr().out
+    (raw / "documents.jsonl").write_text("{]\n")
+    assert cli.execute(["clean", "--dry-run"]) == 4
+    assert "documents.jsonl: its SHA-256 is not the manifest's" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
