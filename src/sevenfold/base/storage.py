@@ -33,6 +33,7 @@ from sevenfold.base.errors import BadDataError, RunInUseError, SevenfoldError, U
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+CARD = "README.md"  # of a model: beside the files that fingerprint it, and loaded by nobody
 # How safetensors says what the system refused: an error of its own, which is no OSError.
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 # Hidden names that some thread of this process is working with; everybody else's are leftovers.
@@ -286,8 +287,7 @@ def verify_folder(
 ) -> dict[str, Any]:
     """Recompute every SHA-256 of ``folder`` and return its manifest.
 
-    ``exact``: nothing but hidden files may lie beside the listed ones, instead of a warning. A
-    model folder is what all its files say: libraries also read those that we did not write.
+    ``exact``: other files beside them (hidden ones and a model's card may lie there) are an error.
 
     Errors:
         error: a file is missing, has another size or other bytes, or points outside the folder;
@@ -295,10 +295,11 @@ def verify_folder(
     """
     manifest = read_manifest(folder, error)
     listed = {MANIFEST, *(file["path"] for file in manifest["files"])}
+    listed |= {CARD} if manifest.get("kind") == "model" else set()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name not in listed and not path.name.startswith("."):
-            if exact:
+            if exact:  # libraries also read what we did not write
                 raise error(f"{path}: not one of the files that {MANIFEST} lists; remove it")
             log.warning("%s: not one of the files that %s lists", path, MANIFEST)
     for file in manifest["files"]:

@@ -7,8 +7,6 @@ goes through the template's automatic escaping; nothing is ever marked as safe.
 from __future__ import annotations
 
 import importlib.resources
-import json
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ import yaml
 from sevenfold.base import storage
 from sevenfold.base.records import GATED_STAGES, STAGES, Run
 from sevenfold.verify import charts, data_card, lineage, report_text, standing
+from sevenfold.verify.model_card import num_parameters
 
 MAX_EVENTS_SHOWN = 12
 MAX_VALUES_SHOWN = 6
@@ -27,7 +26,6 @@ MAX_SAMPLES_OPEN = 12
 SHOWN_ELSEWHERE = frozenset(
     ("step", "tokens", "lr", "grad_norm", "tok_s", "mfu", "mem_gib", "seq_len", "elapsed_s")
 )
-MAX_HEADER_BYTES = 100_000_000
 TITLES = {
     "init": "Initial model",
     "pretrain": "Pretraining",
@@ -271,23 +269,9 @@ def _samples(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _num_parameters(run: Run) -> int | None:
     """Count the parameters of the latest model, from the headers of its safetensors files."""
     for stage in reversed(STAGES):
-        files = sorted(run.model(stage).glob("*.safetensors"))
-        total = sum(_num_values(path) for path in files)
-        if total:
+        if total := num_parameters(run.model(stage)):
             return total
     return None
-
-
-def _num_values(path: Path) -> int:
-    """Return the number of values that the header of a safetensors file announces."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = file.read(size) if size < MAX_HEADER_BYTES else b"{}"
-    try:
-        tensors = json.loads(header)
-        return sum(math.prod(t["shape"]) for k, t in tensors.items() if k != "__metadata__")
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return 0
 
 
 def _commands(run: Run, stages: Sequence[Mapping[str, Any]]) -> list[str]:

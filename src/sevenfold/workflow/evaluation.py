@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,12 +16,12 @@ from numpy.typing import NDArray
 from sevenfold.base import storage
 from sevenfold.base.config import fingerprint, to_plain
 from sevenfold.base.console import print_line, print_table, working
-from sevenfold.base.errors import BadDataError, GateRefusedError, UsageError
+from sevenfold.base.errors import BadDataError, GateRefusedError, SevenfoldError, UsageError
 from sevenfold.base.hardware import training_device
 from sevenfold.base.records import EVIDENCE, Run, code_version, package_versions
 from sevenfold.data.tokenizer import encode_texts, load_tokenizer
 from sevenfold.model.llama import TOKENIZER_FILES, load_model
-from sevenfold.verify import gates, harness
+from sevenfold.verify import gates, harness, model_card
 from sevenfold.verify.adapters import adapter_metrics
 from sevenfold.verify.config import (
     VALIDATION_TASK,
@@ -33,6 +34,8 @@ from sevenfold.verify.task_files import task_sha256
 from sevenfold.verify.tasks import Task, read_task
 from sevenfold.workflow.recipe import Recipe
 from sevenfold.workflow.thresholds import items_path, require_known_gates
+
+log = logging.getLogger(__name__)
 
 EVALUATION, ITEMS = EVIDENCE
 VERDICT = "verdict.json"
@@ -253,12 +256,21 @@ def check_stage(run: Run, recipe: Recipe, stage: str, gates_file: Path) -> dict[
     record = run.record(stage)
     hashes = {**record.get("evidence", {}), "verdict_sha256": storage.sha256_file(path)}
     run.write_record(stage, {**record, "evidence": hashes})
+    _write_card(run, stage)
     _print_verdict(verdict)
     if not verdict["promoted"]:
         refused = [check for check in verdict["checks"] if check["result"] != "pass"]
         named = "; ".join(f"{c['metric']} {c['result']} ({c['why']})" for c in refused)
         raise GateRefusedError(f"{path}: {stage} is not promoted: {named}")
     return verdict
+
+
+def _write_card(run: Run, stage: str) -> None:
+    """Write the card into the stage's model; what keeps it from being written stops nothing."""
+    try:
+        model_card.write_card(run, stage, run.model(stage))
+    except SevenfoldError as error:
+        log.warning("%s: no model card: %s", run.model(stage), error)
 
 
 def _print_verdict(verdict: Mapping[str, Any]) -> None:

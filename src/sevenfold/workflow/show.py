@@ -18,6 +18,7 @@ from sevenfold.base import console, records, storage
 from sevenfold.base.errors import BadDataError, SevenfoldError, UsageError
 from sevenfold.base.records import GATED_STAGES, STAGES, Run, open_run
 from sevenfold.verify import lineage as lineages
+from sevenfold.verify.model_card import write_card
 
 WATCH_EVERY_S = 2.0
 EXTRAS = {
@@ -80,7 +81,7 @@ def _is_hidden(path: Path, root: Path) -> bool:
 
 
 def export(options: argparse.Namespace) -> None:
-    """Copy a stage's model, checked byte for byte, to a folder that is not there yet.
+    """Copy a stage's model, checked byte for byte, to a new folder, and write its card beside it.
 
     Errors:
         UsageError: the stage has not finished, or the target exists.
@@ -99,6 +100,7 @@ def export(options: argparse.Namespace) -> None:
             shutil.copyfile(source / file["path"], destination)
     if storage.read_manifest(target)["fingerprint"] != manifest["fingerprint"]:
         raise BadDataError(f"{target}: the copy differs from {source}; the disk may be failing")
+    write_card(run, options.stage, target)
     word = "promoted" if _is_promoted(run, options.stage) else "NOT promoted by its gate"
     console.print_line(f"{target}: model of stage {options.stage}, {word}")
 

@@ -296,6 +296,16 @@ def test_a_file_that_nobody_listed_is_refused_where_it_would_be_read(
         storage.verify_folder(folder, exact=True)
 
 
+def test_only_a_model_may_have_a_card_beside_its_files(tmp_path: Path) -> None:
+    for kind in ("model", "adapter"):
+        with storage.new_folder(tmp_path / kind, kind=kind) as new:
+            (new / "config.json").write_text("{}")
+        (tmp_path / kind / storage.CARD).write_text("what it is")
+    storage.verify_folder(tmp_path / "model", exact=True)
+    with pytest.raises(BadDataError, match=r"README\.md: not one of the files"):
+        storage.verify_folder(tmp_path / "adapter", exact=True)
+
+
 FULL = """
 import resource, signal, sys
 from pathlib import Path

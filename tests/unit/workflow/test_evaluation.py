@@ -290,6 +290,21 @@ def test_a_promoted_model_opens_the_next_stage(run: Run, gates_file: Path) -> No
     assert open_promoted(run, "pretrain").fingerprint == verdict["fingerprint"]
 
 
+def test_the_verdict_stands_in_the_models_card_and_changes_no_byte_of_the_model(
+    run: Run, gates_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = storage.read_manifest(run.model("pretrain"))["fingerprint"]
+    check_stage(run, recipe(), "pretrain", gates_file)
+    card = run.model("pretrain") / "README.md"
+    assert "> **Promoted by its gate**: 2 of 2 checks pass." in card.read_text()
+    assert open_promoted(run, "pretrain").fingerprint == before
+    card.unlink()
+    (run.data("packed") / storage.MANIFEST).write_text("[]")
+    assert check_stage(run, recipe(), "pretrain", gates_file)["promoted"] is True
+    assert not card.exists()
+    assert "no model card: " in caplog.text
+
+
 def test_the_same_verdict_twice_byte_for_byte(run: Run, gates_file: Path) -> None:
     path = run.stage("pretrain") / "verdict.json"
     check_stage(run, recipe(), "pretrain", gates_file)

@@ -85,6 +85,10 @@ def test_export_copies_checked_bytes_and_says_what_the_gate_said(
     original = storage.read_manifest(run.model("sft"))
     copied = storage.verify_folder(target)
     assert copied["fingerprint"] == original["fingerprint"]
+    card = (target / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "**Not promoted by its gate**: not judged (there is no verdict)" in card
+    assert str(run.folder.parent) not in card
     # No path of this machine goes with it.
     assert copied["exported_from"] == "run/sft"
     assert cli.execute(["export", str(run.folder), "sft", str(target)]) == 2
