@@ -108,7 +108,7 @@ def recipe() -> dict[str, Any]:
         "init": {"std": 0.06, "scale_residual": False, "dtype": "float32"},
         "kernels": {"liger": False, "cce": False},
         "pretrain": training(12, 5e-3, [(32, 0.4), (128, 1.0)]),
-        "sft": {"data": rows, "train": training(10, 2e-3, whole)},
+        "sft": {"data": rows, "neftune_noise_alpha": 0.5, "train": training(10, 2e-3, whole)},
         "dpo": {
             "data": rows,
             "beta": 0.1,

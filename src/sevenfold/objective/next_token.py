@@ -3,7 +3,7 @@
 An objective is two functions: ``weigh(batch)`` counts what carries loss, ``total(scorer, batch)``
 returns the loss summed over it. The training loop divides by the weight of the whole global batch.
 
-Shapes: b rows, t tokens.
+Shapes: b rows, t tokens, h hidden size.
 """
 
 from __future__ import annotations
@@ -37,13 +37,17 @@ class Objective:
 
 
 class Scorer(nn.Module):
-    """A causal language model that answers with the negative log-likelihood of each target."""
+    """A causal language model that answers with the negative log-likelihood of each target.
+
+    With a ``neftune_noise_alpha`` its embeddings are noisy while it trains (:func:`add_noise`).
+    """
 
     def __init__(self, model: nn.Module, *, kernel: str):
         """Wrap a causal model of transformers or PEFT; ``kernel`` as in linear_cross_entropy."""
         super().__init__()
         self.model = model
         self.kernel = kernel
+        self.neftune_noise_alpha = 0.0
 
     @property
     def causal_model(self) -> Any:
@@ -54,8 +58,13 @@ class Scorer(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Return [b, t] in nats, 0 where there is no target."""
         causal = self.causal_model
+        inputs = {"input_ids": batch.inputs_bt}
+        if self.training and self.neftune_noise_alpha:
+            embedded_bth = causal.get_input_embeddings()(batch.inputs_bt)
+            noisy_bth = add_noise(embedded_bth, batch.documents_bt, self.neftune_noise_alpha)
+            inputs = {"inputs_embeds": noisy_bth}
         hidden_bth = causal.get_decoder()(
-            input_ids=batch.inputs_bt,
+            **inputs,
             position_ids=batch.positions_bt,
             attention_mask=document_mask(batch.documents_bt, batch.branches_bt),
             use_cache=False,
@@ -67,6 +76,25 @@ class Scorer(nn.Module):
             kernel=self.kernel,
         )
         return scores_n.view_as(batch.targets_bt)
+
+
+def add_noise(embedded_bth: Tensor, documents_bt: Tensor | None, alpha: float) -> Tensor:
+    """Add uniform noise of at most alpha / sqrt(tokens of the document x h) to embeddings.
+
+    Source:
+        Jain et al. 2023, NEFTune, algorithm 1 (arXiv:2310.05914); the length is that of each
+        document, as if it stood alone in its row.
+    """
+    num_rows, length, width = embedded_bth.shape
+    lengths_bt = embedded_bth.new_full((num_rows, length), length, dtype=torch.float32)
+    if documents_bt is not None:
+        slots_bt = documents_bt + 1  # padding is document -1
+        counts = lengths_bt.new_zeros(num_rows, length + 2)
+        counts.scatter_add_(1, slots_bt, torch.ones_like(lengths_bt))
+        lengths_bt = counts.gather(1, slots_bt)
+    bounds_bt1 = (alpha / (lengths_bt * width).sqrt())[..., None]
+    noise_bth = torch.empty_like(embedded_bth, dtype=torch.float32).uniform_(-1, 1)
+    return embedded_bth + (noise_bth * bounds_bt1).to(embedded_bth.dtype)
 
 
 def count_targets(batch: Batch) -> float:

@@ -62,9 +62,13 @@ class DataConfig:
 
 @configuration
 class SFTConfig:
-    """Supervised fine-tuning: its conversations and its training."""
+    """Supervised fine-tuning: its conversations and its training.
+
+    ``neftune_noise_alpha`` above 0 adds noise to the embeddings while training; 5 is usual.
+    """
 
     data: ChatDataConfig
+    neftune_noise_alpha: Annotated[float, Field(ge=0)]
     train: TrainConfig
 
 

@@ -29,6 +29,7 @@ def sft(run: records.Run, recipe: Recipe, options: training.StageOptions) -> Non
         return
     rows, held_out = conversation_rows(job, run.data("sft"))
     scorer = workbench.load_scorer(job)
+    scorer.neftune_noise_alpha = recipe.sft.neftune_noise_alpha
     workbench.place(scorer, job.config, job.processes)
     bench = workbench.assemble(job, scorer, NEXT_TOKEN, rows, held_out)
     last = workbench.train(job, bench)

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from sevenfold.data.packing import PackedConversations, PackedPreferences, Piece, Preference
 from sevenfold.objective.linear_cross_entropy import negative_log_likelihood
-from sevenfold.objective.next_token import NEXT_TOKEN, Scorer
+from sevenfold.objective.next_token import NEXT_TOKEN, Scorer, add_noise
 from sevenfold.objective.preference import (
     preference_objective,
     reference_scores,
@@ -99,6 +99,39 @@ def test_no_target_weighs_and_adds_nothing(scorer: Scorer) -> None:
     rows = batch.batch(np.array([0]), 4)
     assert NEXT_TOKEN.weigh(rows) == 0
     assert float(NEXT_TOKEN.total(scorer, rows).total.detach()) == 0.0
+
+
+def test_noise_on_embeddings_is_bounded_by_each_documents_length() -> None:
+    torch.manual_seed(0)
+    documents = torch.tensor([[0] * 6 + [1] * 24 + [-1] * 2, [0] * 32])
+    embedded = torch.zeros(2, 32, 64)
+    noise = add_noise(embedded, documents, 5.0)
+    for row, document, length in ((0, 0, 6), (0, 1, 24), (0, -1, 2), (1, 0, 32)):
+        found = noise[row][documents[row] == document]
+        bound = 5.0 / math.sqrt(length * 64)
+        assert 0.95 * bound < float(found.abs().max()) <= bound
+        assert abs(float(found.mean())) < 0.3 * bound
+    assert float(add_noise(embedded, None, 5.0)[0].abs().max()) <= 5.0 / math.sqrt(32 * 64)
+
+
+def test_embeddings_are_noisy_only_in_training_and_as_the_generator_says(scorer: Scorer) -> None:
+    rows = PackedConversations(random_pieces([8, 5]), 16, pad_id=0, seed=1)
+    batch = rows.batch(np.array([0]), 16)
+    noisy = Scorer(scorer.model, kernel="plain")
+    plain = noisy(batch).detach()
+    noisy.neftune_noise_alpha = 5.0
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        found.append(noisy(batch).detach())
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], plain)
+    noisy.eval()
+    before = torch.get_rng_state()
+    assert torch.equal(noisy(batch).detach(), plain)
+    assert torch.equal(torch.get_rng_state(), before)
+    scorer.train()
 
 
 @pytest.mark.parametrize("kernel", ["plain", "chunked"])
