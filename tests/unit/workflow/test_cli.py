@@ -207,6 +207,7 @@ def test_a_dry_run_checks_the_inputs_that_are_there(
     raw = Path("runs/demo/data/raw")
     assert cli.execute(["clean", "--dry-run"]) == 0
     assert f"{raw} is not there yet; nothing was written" in capsys.readouterr().out
+    recipes.save(recipes.resolve()[0])
     with storage.new_folder(place / raw, kind="raw") as folder:
         (folder / "documents.jsonl").write_text("{}\n")
     assert cli.execute(["clean", "--dry-run"]) == 0
