@@ -83,8 +83,8 @@ def num_processes_to_start() -> int:
 def launch(arguments: list[str], num_processes: int) -> int:
     """Run ``python arguments`` once per process on this host; return 0 or the first bad exit code.
 
-    When one process fails, the others are asked to stop, and ended after a grace. SIGTERM is
-    passed on to all of them. They are started anew as often as one of them asks for that.
+    When one process fails, the others are asked to stop, and ended after a grace. SIGTERM and
+    Ctrl-C are passed on to all of them. They are started anew as often as one asks for that.
 
     Errors:
         UsageError: SEVENFOLD_PATIENCE_S is not a number of seconds.
@@ -157,11 +157,14 @@ def _launch_once(arguments: list[str], num_processes: int, patience_s: float) ->
         for child in children:
             child.process.send_signal(number)
 
-    previous = signal.signal(signal.SIGTERM, pass_on)
+    # Ctrl-C too: to be interrupted here would end the processes in the middle of saving.
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    previous = {number: signal.signal(number, pass_on) for number in numbers}
     try:
         return _first_failure(children, patience_s)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         for child in children:
             child.end()
 

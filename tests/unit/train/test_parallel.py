@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -63,6 +66,37 @@ def test_the_exit_code_of_the_first_to_fail_is_returned(code: int) -> None:
         f"import os, sys, time; sys.exit({code}) if os.environ['RANK'] == '1' else time.sleep(60)"
     )
     assert launch(["-c", script], 2) == code
+
+
+@pytest.mark.fault("A05", "A08")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_launcher_lets_all_save(tmp_path: Path, number: int) -> None:
+    script = f"""
+import os, signal, sys, time
+from pathlib import Path
+
+def save(*_):
+    time.sleep(0.5)
+    Path({str(tmp_path)!r}, os.environ["RANK"]).touch()
+    os._exit(75)
+
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGINT, save)
+Path({str(tmp_path)!r}, "ready-" + os.environ["RANK"]).touch()
+time.sleep(60)
+"""
+
+    def interrupt() -> None:
+        while len(list(tmp_path.glob("ready-*"))) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert launch(["-c", script], 2) == 75
+    thread.join()
+    assert (tmp_path / "0").exists()
+    assert (tmp_path / "1").exists()
 
 
 @pytest.mark.fault("F01", "A10")
