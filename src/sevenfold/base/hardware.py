@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from sevenfold.base.errors import MemoryExhaustedError
+from sevenfold.base.errors import MemoryExhaustedError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -95,8 +95,17 @@ def setup_torch_backends(*, deterministic: bool = False) -> None:
 
 
 def training_device(local_rank: int = 0) -> torch.device:
-    """Return this process's device: its GPU where there is one, the CPU otherwise."""
+    """Return this process's device: its GPU where there is one, the CPU otherwise.
+
+    Errors:
+        UsageError: there are GPUs, but fewer than processes.
+    """
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UsageError(
+                f"LOCAL_RANK {local_rank}: no GPU is left for this process, "
+                f"{torch.cuda.device_count()} are visible; start one process per GPU"
+            )
         return torch.device("cuda", local_rank)
     return torch.device("cpu")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sevenfold.base.errors import UsageError
 from sevenfold.base.hardware import training_device
 from sevenfold.train import optimizer as optimizers
 
@@ -66,7 +68,11 @@ def _number(text: str) -> float:
 
 
 def join() -> Processes:
-    """Join the processes that torchrun started; alone, return a world of one."""
+    """Join the processes that torchrun started; alone, return a world of one.
+
+    Errors:
+        UsageError: the address where they meet does not exist, or there are too few GPUs.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = training_device(local_rank)
@@ -75,8 +81,20 @@ def join() -> Processes:
     if world == 1:
         return Processes(rank=0, world=1, device=device)
     if not dist.is_initialized():
+        _require_address(os.environ.get("MASTER_ADDR", ""))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Processes(rank=dist.get_rank(), world=world, device=device)
+
+
+def _require_address(host: str) -> None:
+    """Refuse a meeting place that no name server knows; PyTorch would ask for it for minutes."""
+    try:
+        socket.getaddrinfo(host or None, 0)
+    except OSError as error:
+        raise UsageError(
+            f"MASTER_ADDR '{host}': no such host ({error.strerror}); name the first node, or let "
+            "Sevenfold start the processes of one node itself"
+        ) from None
 
 
 def shard(scorer: nn.Module, layers: list[nn.Module], processes: Processes, *, bf16: bool) -> None:

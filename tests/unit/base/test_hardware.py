@@ -9,7 +9,7 @@ import torch
 
 import gpu_utils
 from sevenfold.base import hardware
-from sevenfold.base.errors import MemoryExhaustedError
+from sevenfold.base.errors import MemoryExhaustedError, UsageError
 
 
 def pretend_gpu(
@@ -101,3 +101,12 @@ def test_without_recovery_the_flag_is_named() -> None:
 def test_the_script_offers_the_same_names() -> None:
     for name in ("detect_gpu_type", "GPUInfo", "OOMHandler", "setup_torch_backends"):
         assert getattr(gpu_utils, name) is getattr(hardware, name)
+
+
+@pytest.mark.fault("F06")
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert hardware.training_device(1) == torch.device("cuda", 1)
+    with pytest.raises(UsageError, match=r"LOCAL_RANK 2: no GPU .* 2 are visible; start one proc"):
+        hardware.training_device(2)

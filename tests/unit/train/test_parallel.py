@@ -16,6 +16,7 @@ import pytest
 
 from sevenfold.base.errors import SevenfoldError, UsageError
 from sevenfold.base.storage import JsonLines
+from sevenfold.train import parallel
 from sevenfold.train.launch import launch
 
 REPOSITORY = Path(__file__).parents[3]
@@ -115,6 +116,18 @@ time.sleep(60)
     ):
         launch(["-c", script], 2)
     assert time.monotonic() - started < 20
+
+
+@pytest.mark.fault("F06")
+def test_a_meeting_place_that_does_not_exist_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "no.such.invalid"}.items():
+        monkeypatch.setenv(name, value)
+    started = time.monotonic()
+    with pytest.raises(UsageError, match=r"MASTER_ADDR 'no.such.invalid': no such host .*first no"):
+        parallel.join()
+    assert time.monotonic() - started < 30
 
 
 @pytest.mark.parametrize("text", ["soon", "-3", "nan"])
