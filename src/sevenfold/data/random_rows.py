@@ -63,7 +63,7 @@ def random_conversations(
 
 
 def random_preferences(
-    num_tokens: int, row_length: int, *, vocab_size: int, seed: int
+    num_tokens: int, row_length: int, *, vocab_size: int, seed: int, share_prompts: bool
 ) -> PackedPreferences:
     """Pack pairs of answers of about ``num_tokens`` in all, those that fit into a row.
 
@@ -78,7 +78,9 @@ def random_preferences(
         for three in zip(*(size.tolist() for size in sizes), strict=True)
         if 2 * three[0] + three[1] + three[2] <= row_length
     ]
-    return PackedPreferences(preferences, row_length, pad_id=0, seed=seed)
+    return PackedPreferences(
+        preferences, row_length, pad_id=0, seed=seed, share_prompts=share_prompts
+    )
 
 
 def _typical(kind: tuple[float, float], row_length: int) -> float:

@@ -27,7 +27,7 @@ from sevenfold.data.random_rows import RandomRows
 from sevenfold.train import checkpoint, loop, optimizer, parallel, planner, resuming
 from sevenfold.train.config import ContextPhase, TrainConfig
 from sevenfold.train.watching import OTHER, WAIT, Stopwatch, totals
-from sevenfold.workflow import planning, steps, training, trial
+from sevenfold.workflow import planning, steps, training, trial, workbench
 from sevenfold.workflow import recipe as recipes
 from sevenfold.workflow.recipe import Recipe
 
@@ -290,7 +290,7 @@ def _resume(asked: Bench) -> Iterator[dict[str, Any]]:
     resuming.resume(made)
     _wait_for_gpu()
     restored = time.perf_counter()
-    if digest(made) != expected:
+    if workbench.digest(made) != expected:
         raise CheckpointError(
             f"{made.checkpoints.path(made.step)}: what was restored is not what was saved; this "
             "is a mistake of Sevenfold's: report it with the output of sevenfold doctor"
@@ -314,7 +314,7 @@ def _save_one(asked: Bench, length: int) -> str:
     """Train a little, save, and return the digest of what was saved."""
     made = _saving_bench(asked, trial.prepare(asked.recipe, asked.stage, asked.config), length)
     trial.train(made, trial.WARM_UP)
-    return digest(made)
+    return workbench.digest(made)
 
 
 def _saving_bench(asked: Bench, tried: trial.Trial, length: int) -> loop.Workbench:
@@ -325,12 +325,6 @@ def _saving_bench(asked: Bench, tried: trial.Trial, length: int) -> loop.Workben
         checkpoints=checkpoint.Checkpoints(asked.folder, keep=1),
         checkpoint_every=trial.WARM_UP,
     )
-
-
-def digest(made: loop.Workbench) -> str:
-    """Return a SHA-256 of weights, optimizer and random states."""
-    moments = parallel.gather_optimizer(made.scorer, made.optimizer, made.processes)
-    return checkpoint.digest(loop.trained_state(made), moments, checkpoint.random_state())
 
 
 def _drop_from_page_cache(folder: Path) -> None:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
 
@@ -37,7 +36,7 @@ from sevenfold.base.storage import JsonLines
 from sevenfold.data.batches import Batch, PackedText
 from sevenfold.model import attention, llama
 from sevenfold.objective.next_token import NEXT_TOKEN, Objective, Scorer
-from sevenfold.train import checkpoint, loop, parallel
+from sevenfold.train import loop, parallel
 from sevenfold.workflow import recipe as recipes
 from sevenfold.workflow import workbench
 from sevenfold.workflow.training import Job, StageOptions
@@ -136,17 +135,6 @@ def make_bench(plan: Plan, folder: Path) -> loop.Workbench:
     return workbench.assemble(job, Scorer(model, kernel="plain"), NEXT_TOKEN, rows, rows)
 
 
-def digest(bench: loop.Workbench) -> str:
-    """Return the SHA-256 of what a run ends with: weights, optimizer, random states."""
-    moments = parallel.gather_optimizer(bench.scorer, bench.optimizer, bench.processes)
-    parts = (loop.trained_state(bench), moments, checkpoint.random_state())
-    whole = hashlib.sha256()
-    for tensors in parts:
-        copies = {name: tensor.detach().clone() for name, tensor in sorted(tensors.items())}
-        whole.update(safetensors.torch.save(copies))
-    return whole.hexdigest()
-
-
 def _digest_of(batch: Batch) -> str:
     tensors = (batch.inputs_bt, batch.targets_bt, batch.positions_bt, batch.documents_bt)
     parts = [np.ascontiguousarray(t.numpy()).tobytes() for t in tensors if t is not None]
@@ -195,7 +183,7 @@ def _train(plan: Plan, folder: Path, trace: Trace) -> None:
     if plan.held_steps:
         bench.optimizer.step = held_update  # type: ignore[method-assign,assignment]
     loop.fit(bench)
-    trace.note(what="end", digest=digest(bench), operations=faults.operations_done())
+    trace.note(what="end", digest=workbench.digest(bench), operations=faults.operations_done())
 
 
 def run_child(plan: Plan, folder: Path, trace: Trace, fault: str) -> int:

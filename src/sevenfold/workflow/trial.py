@@ -25,13 +25,12 @@ from sevenfold.data.packing import PackedConversations, PackedPreferences
 from sevenfold.data.random_rows import RandomRows, random_conversations, random_preferences
 from sevenfold.model import attention
 from sevenfold.model import lora as adapters
-from sevenfold.objective.next_token import NEXT_TOKEN, Objective, Scorer
-from sevenfold.objective.preference import preference_objective
+from sevenfold.objective.next_token import NEXT_TOKEN, Scorer
 from sevenfold.train import checkpoint, loop, optimizer, parallel
 from sevenfold.train.config import ContextPhase, TrainConfig
 from sevenfold.train.recovery import Decisions, StepGuard
 from sevenfold.train.watching import COMPUTE, OTHER, UPDATE, WAIT, Stopwatch, TimeIsUp, totals
-from sevenfold.workflow import workbench
+from sevenfold.workflow import dpo, workbench
 from sevenfold.workflow.recipe import Recipe
 
 # The first step compiles, the second allocates with the optimizer's state in place.
@@ -122,6 +121,8 @@ def _random_scorer(
     scorer = workbench.make_scorer(model.train(), config, kernel)
     if stage == "lora":
         scorer.model = adapters.add_adapter(scorer.model, recipe.lora.adapter)
+    if stage == "sft":
+        scorer.neftune_noise_alpha = recipe.sft.neftune_noise_alpha
     workbench.place(scorer, config, processes)
     return scorer
 
@@ -139,7 +140,13 @@ def random_rows(trial: Trial, length: int, num_steps: int) -> Rows:
         )
     num_tokens = min(MOST_TOKENS, config.tokens_per_batch * num_steps)
     if trial.stage == "dpo":
-        return random_preferences(num_tokens, longest, vocab_size=vocab_size, seed=recipe.seed)
+        return random_preferences(
+            num_tokens,
+            longest,
+            vocab_size=vocab_size,
+            seed=recipe.seed,
+            share_prompts=recipe.dpo.share_prompts,
+        )
     return random_conversations(num_tokens, longest, vocab_size=vocab_size, seed=recipe.seed)
 
 
@@ -164,7 +171,7 @@ def make_bench(
     return loop.Workbench(
         stage=trial.stage,
         scorer=trial.scorer,
-        objective=_objective(trial),
+        objective=dpo.objective(recipe.dpo) if trial.stage == "dpo" else NEXT_TOKEN,
         batches=Batches(
             rows or random_rows(trial, length, num_steps),
             tokens_per_batch=config.tokens_per_batch,
@@ -189,13 +196,6 @@ def make_bench(
         decisions=Decisions(),
         program={"code": records.code_version()},
     )
-
-
-def _objective(trial: Trial) -> Objective:
-    if trial.stage != "dpo":
-        return NEXT_TOKEN
-    dpo = trial.recipe.dpo
-    return preference_objective(beta=dpo.beta, nll_weight=dpo.nll_weight)
 
 
 def train(bench: loop.Workbench, num_steps: int, *, warm_up: int = 0) -> list[dict[str, float]]:

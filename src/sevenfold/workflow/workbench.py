@@ -144,6 +144,12 @@ def assemble(
     return bench
 
 
+def digest(bench: loop.Workbench) -> str:
+    """Return a SHA-256 of what a run ends with: weights, optimizer, random states."""
+    moments = parallel.gather_optimizer(bench.scorer, bench.optimizer, bench.processes)
+    return checkpoint.digest(loop.trained_state(bench), moments, checkpoint.random_state())
+
+
 class Unseen:
     """Progress that nobody watches."""
 

@@ -17,7 +17,7 @@ from sevenfold.objective.next_token import NEXT_TOKEN, Objective
 from sevenfold.train import checkpoint, loop
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.recovery import StopRequest
-from sevenfold.workflow import bench, cli, rehearsal, steps, toy, trial
+from sevenfold.workflow import bench, cli, rehearsal, steps, toy, trial, workbench
 from sevenfold.workflow import recipe as recipes
 from sevenfold.workflow.flags import parse
 from sevenfold.workflow.recipe import Recipe
@@ -182,7 +182,7 @@ def test_a_timed_step_is_an_ordinary_step() -> None:
     for timed in (True, False):
         recipe, config = tiny()
         made = trial.make_bench(trial.prepare(recipe, "pretrain", config), LENGTH, num_steps=3)
-        digests.append(bench.digest(made))
+        digests.append(workbench.digest(made))
         if timed:
             timed_steps = trial.train(made, 3)
             assert [list(step) for step in timed_steps] == [
@@ -192,7 +192,7 @@ def test_a_timed_step_is_an_ordinary_step() -> None:
             for step in range(3):
                 loop.train_step(made, made.batches.batch(step), LENGTH, StopRequest())
                 made.step += 1
-        digests.append(bench.digest(made))
+        digests.append(workbench.digest(made))
     assert digests[0] == digests[2] != digests[1] == digests[3]
 
 
