@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -138,30 +138,36 @@ def _shorten(tokenizer: Any, said: list[Message], model: Any, max_tokens: int) -
     raise UsageError(f"this question has more tokens than the model's context of {room} leaves")
 
 
-class _Printer:
-    """Prints an answer as its tokens come; whole characters only."""
+class TextStream:
+    """Says an answer as its tokens come; whole characters only."""
 
-    def __init__(self, tokenizer: Any, ends: Sequence[int]):
+    def __init__(self, tokenizer: Any, ends: Sequence[int], say: Callable[[str], None]):
+        """Give the pieces of the answer to ``say``; ``ends`` are the tokens that end it."""
         self._tokenizer = tokenizer
         self._ends = set(ends)
+        self._say = say
         self._ids: list[int] = []
         self._is_prompt = True
         self.text = ""
+        self.num_tokens = 0
+        self.ended = False
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt first, then one token at a time."""
         if self._is_prompt:
             self._is_prompt = False
             return
-        self._ids += [token for token in value.flatten().tolist() if token not in self._ends]
+        tokens = value.flatten().tolist()
+        self.num_tokens += len(tokens)
+        self.ended = bool(tokens) and tokens[-1] in self._ends
+        self._ids += [token for token in tokens if token not in self._ends]
         text = self._tokenizer.decode(self._ids, skip_special_tokens=True).lstrip()
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            console.print_raw(text[len(self.text) :])
+            self._say(text[len(self.text) :])
             self.text = text
 
     def end(self) -> None:
-        """Finish the line."""
-        console.print_line()
+        """Nothing is left to say: what is not a whole character stays unsaid."""
 
 
 @torch.inference_mode()
@@ -170,7 +176,7 @@ def _answer(
 ) -> str:
     ids = generation.chat_prompts(tokenizer, [said])[0]
     ends = generation.end_token_ids(tokenizer)
-    printer = _Printer(tokenizer, ends)
+    printer = TextStream(tokenizer, ends, console.print_raw)
     input_ids = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
     room = int(model.config.max_position_embeddings) - len(ids)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
@@ -184,4 +190,5 @@ def _answer(
         streamer=printer,
         **({"do_sample": False} | sampling),
     )
+    console.print_line()
     return printer.text

@@ -156,6 +156,12 @@ def _chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=256, help="longest answer (256)")
 
 
+def _serve(parser: argparse.ArgumentParser) -> None:
+    names = STAGES[1:]
+    parser.add_argument("--stage", type=_one_of(names), help=f"{'|'.join(names)} (default: latest)")
+    parser.add_argument("--port", type=int, default=8000, help="of 127.0.0.1 (8000); 0: any free")
+
+
 def _watch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--once", action="store_true", help="show where it stands and end")
 
@@ -251,6 +257,12 @@ _TABLE = (
     ),
     Verb("plan", "memory, tokens and time before anything starts", f"{_STEPS}:plan", (_common,)),
     Verb("chat", "talk to a run's model", "sevenfold.workflow.chat:chat", (_existing_run, _chat)),
+    Verb(
+        "serve",
+        "a chat page and an OpenAI-compatible endpoint on this machine",
+        "sevenfold.workflow.serve:serve",
+        (_existing_run, _serve),
+    ),
     Verb("watch", "follow a run that is training", f"{_SHOW}:watch", (_existing_run, _watch)),
     Verb("report", "write report.html", f"{_SHOW}:report", (_existing_run,)),
     Verb("lineage", "what each artifact was made from", f"{_SHOW}:lineage", (_existing_run,)),
