@@ -162,29 +162,37 @@ class LoRAAdapterConfig:
     """Shape of an adapter.
 
     ``targets`` is ``all-linear`` (every linear module but the head) or a list of module names,
-    such as ``q_proj``; ``r`` is the rank, ``alpha / r`` the factor on the adapter's output.
+    such as ``q_proj``; ``r`` is the rank, ``alpha / r`` the factor on the adapter's output, with
+    ``use_rslora`` ``alpha / sqrt(r)``. ``use_dora`` (DoRA) learns the length of each weight row
+    besides.
     """
 
     r: Annotated[int, Field(ge=1)]
     alpha: Annotated[float, Field(gt=0)]
     dropout: Annotated[float, Field(ge=0, lt=1)]
     targets: Literal["all-linear"] | tuple[str, ...]
+    use_rslora: bool = False
+    use_dora: bool = False
 
     def num_parameters(self, model: ModelConfig) -> int:
-        """Weights that this adapter adds to ``model``: r rows and r columns a target."""
+        """Weights that this adapter adds to ``model``: r rows and r columns a target, and lengths.
+
+        On every linear module of Llama's layers, the usual case, or those of them in ``targets``.
+        """
         query = model.num_heads * model.head_width
         key_value = model.num_kv_heads * model.head_width
         sides = {
-            "q_proj": model.hidden_size + query,
-            "k_proj": model.hidden_size + key_value,
-            "v_proj": model.hidden_size + key_value,
-            "o_proj": query + model.hidden_size,
-            "gate_proj": model.hidden_size + model.intermediate_size,
-            "up_proj": model.hidden_size + model.intermediate_size,
-            "down_proj": model.intermediate_size + model.hidden_size,
+            "q_proj": (model.hidden_size, query),
+            "k_proj": (model.hidden_size, key_value),
+            "v_proj": (model.hidden_size, key_value),
+            "o_proj": (query, model.hidden_size),
+            "gate_proj": (model.hidden_size, model.intermediate_size),
+            "up_proj": (model.hidden_size, model.intermediate_size),
+            "down_proj": (model.intermediate_size, model.hidden_size),
         }
-        targets = sides if self.targets == "all-linear" else set(self.targets)
-        return self.r * model.num_layers * sum(sides.get(name, 0) for name in targets)
+        chosen = [v for k, v in sides.items() if self.targets == "all-linear" or k in self.targets]
+        added = [self.r * (ins + outs) + outs * self.use_dora for ins, outs in chosen]
+        return model.num_layers * sum(added)
 
 
 def from_hf(config: PretrainedConfig) -> ModelConfig:

@@ -33,7 +33,8 @@ WEIGHTS = "adapter_model.safetensors"
 def add_adapter(model: PreTrainedModel, config: LoRAAdapterConfig) -> PeftModel:
     """Freeze ``model`` and add an adapter that changes nothing until it is trained.
 
-    Its weights are fp32, drawn from PyTorch's CPU generator: seed that first.
+    With DoRA on bf16 weights that holds to rounding only. Its weights are fp32, drawn from
+    PyTorch's CPU generator: seed that first.
 
     Errors:
         UsageError: a target matches no linear module; the message names the nearest.
@@ -45,6 +46,8 @@ def add_adapter(model: PreTrainedModel, config: LoRAAdapterConfig) -> PeftModel:
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
@@ -113,7 +116,8 @@ def check_adapter(model: PeftModel) -> None:
 def merge_adapter(model: PeftModel) -> PreTrainedModel:
     """Add the adapter to the weights, in place, and return the plain model.
 
-    Each product is computed in fp64 and each sum in fp32, then rounded once to the weight's type.
+    Each product is computed in fp64 and each sum in fp32, then rounded once to the weight's type;
+    with DoRA, rows get their learnt lengths before that.
 
     Errors:
         UsageError, CheckpointError: as :func:`check_adapter`.
@@ -129,7 +133,11 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
             module.lora_A.double()
             module.lora_B.double()
             change = module.get_delta_weight(ADAPTER)
-            weight.copy_((weight.float() + change.float()).to(weight.dtype))
+            merged = weight.float() + change.float()
+            if ADAPTER in module.lora_magnitude_vector:
+                lengths = module.lora_magnitude_vector[ADAPTER].weight.double()
+                merged = merged * (lengths / merged.double().norm(dim=1))[:, None]
+            weight.copy_(merged.to(weight.dtype))
     plain: PreTrainedModel = inner.unload()
     return plain
 
@@ -175,9 +183,10 @@ def save_adapter(
 
 
 def _card(base: str, settings: Any) -> str:
+    kind = "DoRA" if settings.use_dora else "LoRA"
     return (
         "---\nlibrary_name: peft\n---\n\n"
-        f"LoRA adapter of rank {settings.r} (alpha {settings.lora_alpha:g}), made with Sevenfold "
+        f"{kind} adapter of rank {settings.r} (alpha {settings.lora_alpha:g}), made with Sevenfold "
         f"on {base or 'the model it was trained from'}. Load it with "
         "`peft.PeftModel.from_pretrained(model, folder)`.\n"
     )

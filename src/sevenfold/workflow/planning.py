@@ -44,6 +44,7 @@ def plan_stage(run: Run, recipe: Recipe, stage: str, rate: planner.Rate | None =
     config = train_config(recipe, stage)
     num_steps = _num_steps(run, config, stage)
     on_gpu = gpu["num_gpus"] > 0
+    adapter = recipe.lora.adapter.num_parameters(recipe.model)
     if rate is None and (on_gpu or recipe.model.num_parameters > 1e8):
         peak = gpu["peak_bf16_tflops"] * 1e12 or ASSUMED_PEAK_FLOPS
         rate = planner.Rate(assumed_mfu=ASSUMED_MFU, peak_flops=peak)
@@ -55,7 +56,7 @@ def plan_stage(run: Run, recipe: Recipe, stage: str, rate: planner.Rate | None =
         world_size=max(1, gpu["num_gpus"]),
         loss_kernel="cce" if recipe.kernels.cce else "chunked" if on_gpu else "plain",
         compiled=config.compile != "none",
-        num_trainable_parameters=_num_adapter_parameters(recipe) if stage == "lora" else None,
+        num_trainable_parameters=adapter if stage == "lora" else None,
         rate=rate,
         price_per_gpu_hour=recipe.gpu_hour_price,
     )
@@ -79,16 +80,6 @@ def _num_steps(run: Run, config: TrainConfig, stage: str) -> int | None:
     facts = storage.read_manifest(folder)
     tokens = facts["counts"].get("train", facts["counts"]).get("tokens")
     return None if tokens is None else config.num_steps(int(tokens), 1)
-
-
-def _num_adapter_parameters(recipe: Recipe) -> int:
-    """Count the weights of an adapter on every linear module of every layer, the usual case."""
-    model, rank = recipe.model, recipe.lora.adapter.r
-    query = model.num_heads * model.head_width
-    key_value = model.num_kv_heads * model.head_width
-    h, f = model.hidden_size, model.intermediate_size
-    sides = [(h, query), (h, key_value), (h, key_value), (query, h), (h, f), (h, f), (f, h)]
-    return model.num_layers * sum(rank * (inputs + outputs) for inputs, outputs in sides)
 
 
 def print_plan(planned: StagePlan) -> None:

@@ -26,6 +26,12 @@ from sevenfold.model.lora import (
 
 IDS_BT = torch.arange(40).view(2, 20) * 7 % 320
 CONFIG = LoRAAdapterConfig(r=4, alpha=8.0, dropout=0.0, targets="all-linear")
+KINDS = {
+    "lora": CONFIG,
+    "rslora": dataclasses.replace(CONFIG, use_rslora=True),
+    "dora": dataclasses.replace(CONFIG, use_dora=True),
+    "both": dataclasses.replace(CONFIG, use_rslora=True, use_dora=True),
+}
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -41,6 +47,8 @@ def trained(model: Any, spread: float = 0.1) -> Any:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, spread)
+            if "lora_magnitude_vector" in name:
+                parameter.mul_(torch.empty_like(parameter).uniform_(0.7, 1.3))
     return model
 
 
@@ -49,13 +57,14 @@ def base(tiny: ModelConfig, init: InitConfig) -> Any:
     return initialize(tiny, init, 0)
 
 
-def test_a_new_adapter_changes_nothing_and_only_it_is_trained(base: Any) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_adapter_changes_nothing_and_only_it_is_trained(base: Any, kind: str) -> None:
     before = logits(base)
-    adapted = add_adapter(base, CONFIG)
+    adapted = add_adapter(base, KINDS[kind])
     assert torch.equal(logits(adapted), before)
     open_to_training = [n for n, p in adapted.named_parameters() if p.requires_grad]
-    # A and B for seven linear modules in each of two layers.
-    assert len(open_to_training) == 28
+    # A, B and with DoRA a row's length, for seven linear modules in each of two layers.
+    assert len(open_to_training) == (42 if KINDS[kind].use_dora else 28)
     assert all("lora_" in name for name in open_to_training)
     assert not any("lm_head" in name for name in open_to_training)
 
@@ -90,9 +99,12 @@ def test_targets_that_match_nothing_are_refused(base: Any) -> None:
         add_adapter(base, LoRAAdapterConfig(r=2, alpha=2.0, dropout=0.0, targets=()))
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj", "down_proj")])
-def test_the_adapters_size_is_counted_exactly(base: Any, tiny: ModelConfig, targets: Any) -> None:
-    config = LoRAAdapterConfig(r=3, alpha=2.0, dropout=0.0, targets=targets)
+def test_the_adapters_size_is_counted_exactly(
+    base: Any, tiny: ModelConfig, targets: Any, use_dora: bool
+) -> None:
+    config = LoRAAdapterConfig(r=3, alpha=2.0, dropout=0.0, targets=targets, use_dora=use_dora)
     adapted = add_adapter(base, config)
     added = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert config.num_parameters(tiny) == added
@@ -110,11 +122,14 @@ def test_settings_are_validated(change: dict[str, Any]) -> None:
 
 
 @pytest.mark.fault("J01")
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tie_embeddings", [True, False])
-def test_merged_equals_adapter(tiny: ModelConfig, init: InitConfig, tie_embeddings: bool) -> None:
+def test_merged_equals_adapter(
+    tiny: ModelConfig, init: InitConfig, tie_embeddings: bool, kind: str
+) -> None:
     model = initialize(dataclasses.replace(tiny, tie_embeddings=tie_embeddings), init, 0)
     before = logits(model)
-    adapted = trained(add_adapter(model, CONFIG))
+    adapted = trained(add_adapter(model, KINDS[kind]))
     with_adapter = logits(adapted)
     assert (with_adapter - before).abs().max() > 0.1
     merged = merge_adapter(adapted)
@@ -124,15 +139,24 @@ def test_merged_equals_adapter(tiny: ModelConfig, init: InitConfig, tie_embeddin
 
 
 @pytest.mark.fault("J01")
-def test_bf16_is_merged_in_fp32_and_rounded_once(tiny: ModelConfig, init: InitConfig) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_is_merged_in_fp32_and_rounded_once(
+    tiny: ModelConfig, init: InitConfig, kind: str
+) -> None:
     model = initialize(tiny, init, 0, torch.bfloat16)
     name = "layers.0.self_attn.q_proj"
     before = model.get_submodule(f"model.{name}").weight.detach().float()
-    adapted = trained(add_adapter(model, CONFIG))
+    adapted = trained(add_adapter(model, KINDS[kind]))
     module = adapted.get_submodule(f"base_model.model.model.{name}")
     down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
     assert down.dtype == up.dtype == torch.float32
-    expected = (before.double() + 2.0 * (up.double() @ down.double())).bfloat16()
+    # alpha / r = 8 / 4; alpha / sqrt(r) = 8 / 2
+    factor = 4.0 if KINDS[kind].use_rslora else 2.0
+    expected = (before.double() + factor * (up.double() @ down.double())).float()
+    if KINDS[kind].use_dora:
+        lengths = module.lora_magnitude_vector["default"].weight.double()
+        expected = (expected * (lengths / expected.double().norm(dim=1))[:, None]).detach()
+    expected = expected.bfloat16()
     merged = merge_adapter(adapted)
     assert torch.equal(merged.get_submodule(f"model.{name}").weight, expected)
 
@@ -168,11 +192,12 @@ def test_an_adapter_that_is_not_finite_is_refused(base: Any, tmp_path: Path, val
     assert not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.parametrize("kind", ["lora", "both"])
 def test_a_saved_adapter_is_read_by_peft_elsewhere(
-    base: Any, tokenizer_folder: Path, tmp_path: Path
+    base: Any, tokenizer_folder: Path, tmp_path: Path, kind: str
 ) -> None:
     save_model(base, tokenizer_folder, tmp_path / "base", torch.float32)
-    adapted = trained(add_adapter(base, CONFIG))
+    adapted = trained(add_adapter(base, KINDS[kind]))
     manifest = save_adapter(adapted, tmp_path / "adapter", base="dpo/model", base_fingerprint="abc")
     assert (manifest["kind"], manifest["base_fingerprint"]) == ("adapter", "abc")
     assert {file["path"] for file in manifest["files"]} == {

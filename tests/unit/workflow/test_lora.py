@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import types
 from pathlib import Path
@@ -20,6 +21,7 @@ from sevenfold.workflow import lora, training
 
 INIT = InitConfig(std=0.06, scale_residual=False, dtype="float32")
 ADAPTER = LoRAAdapterConfig(r=2, alpha=4.0, dropout=0.0, targets="all-linear")
+DORA = dataclasses.replace(ADAPTER, use_rslora=True, use_dora=True)
 IDS_BT = torch.arange(24).view(2, 12)
 
 
@@ -42,9 +44,10 @@ def write_base(folder: Path, seed: int) -> str:
 
 @pytest.fixture(params=["dpo", "external"])
 def job(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
-    """The parts of a job that the end of the stage reads."""
+    """The parts of a job that the end of the stage reads; a DoRA on a model from outside."""
     run = Run(folder=tmp_path / "run", facts={"preset": "demo"})
     external = request.param == "external"
+    adapter = DORA if external else ADAPTER
     folder = tmp_path / "outside" if external else run.model("dpo")
     known = write_base(folder, 0)
     found = training.outside_fingerprint(folder) if external else known
@@ -53,7 +56,7 @@ def job(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
         folder=run.stage("lora"),
         source=Source(folder=folder, fingerprint=found, stage=request.param, external=external),
         recipe=types.SimpleNamespace(
-            lora=types.SimpleNamespace(adapter=ADAPTER), init=types.SimpleNamespace(dtype="float32")
+            lora=types.SimpleNamespace(adapter=adapter), init=types.SimpleNamespace(dtype="float32")
         ),
     )
 
@@ -61,7 +64,7 @@ def job(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
 @pytest.fixture
 def trained(job: Any) -> dict[str, torch.Tensor]:
     """Weights as training leaves them, under the scorer's names."""
-    adapted = add_adapter(load_model(job.source.folder), ADAPTER)
+    adapted = add_adapter(load_model(job.source.folder), job.recipe.lora.adapter)
     torch.manual_seed(1)
     weights = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
     return {f"model.{name}": torch.randn_like(weight) * 0.1 for name, weight in weights.items()}
