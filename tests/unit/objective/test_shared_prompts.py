@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
@@ -186,3 +187,24 @@ def test_flex_attention_follows_the_same_rule_as_the_dense_mask() -> None:
         found = flex_attention(query, key, value, block_mask=blocks)
         wanted = functional.scaled_dot_product_attention(query, key, value, attn_mask=dense)
     assert torch.allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_block_masks_of_other_rows_are_not_compiled_anew(share_prompts: bool) -> None:
+    """As far as a CPU can show it: what torch.compile would hand to a GPU, traced once."""
+    torch.compiler.reset()
+    traced = CompileCounter()
+    compiled = torch.compile(create_block_mask, backend=traced)
+    for seed in range(4):
+        preferences = random_preferences(seed)[:12]
+        rows = PackedPreferences(preferences, ROW, pad_id=0, seed=1, share_prompts=share_prompts)
+        batch = rows.batch(np.arange(2), ROW)
+        assert batch.documents_bt is not None
+        rule = may_look(batch.documents_bt, batch.branches_bt)
+        blocks = compiled(rule, 2, None, ROW, ROW, device=CPU, BLOCK_SIZE=16)
+        dense = document_mask(batch.documents_bt, batch.branches_bt)
+        assert isinstance(dense, torch.Tensor)
+        any_seen = dense.view(2, 1, ROW // 16, 16, ROW // 16, 16).any(3).any(-1)
+        assert torch.equal(blocks.to_dense().bool(), any_seen)
+    assert traced.frame_count == 1
+    torch.compiler.reset()
