@@ -185,6 +185,15 @@ def test_measuring_again_does_nothing(run: Run, monkeypatch: pytest.MonkeyPatch)
     assert (run.stage("sft") / "evaluation.json").read_bytes() == before
 
 
+def test_measured_anew_every_item_scores_the_same(run: Run) -> None:
+    items = run.stage("sft") / "evaluation_items.jsonl"
+    before = items.read_bytes()
+    (run.stage("sft") / "evaluation.json").unlink()
+    items.unlink()
+    evaluate_stage(run, recipe(), "sft")
+    assert items.read_bytes() == before
+
+
 def test_measured_by_another_version_of_the_code_is_said(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
