@@ -18,6 +18,7 @@ from sevenfold.model.llama import load_model, load_tokenizer, save_model
 from sevenfold.verify import harness
 from sevenfold.verify.config import EvaluateConfig, TaskConfig
 from sevenfold.verify.evaluate import Evaluation, evaluate_model
+from sevenfold.verify.tasks import read_task
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -155,6 +156,25 @@ def test_the_numbers_are_those_of_the_harness_alone(
         assert by_item == [float(sample[metrics[0]]) for sample in samples]
         assert metrics[0] != "acc" or 0 < sum(by_item) < len(by_item)
     assert found.items[3]["prompt"] == samples[3]["arguments"][0][0]
+
+
+def test_our_own_choices_score_what_the_harness_scores(exported: Path, tmp_path: Path) -> None:
+    """The same items in a public layout, as a task of kind ``choice``."""
+    expected, _ = alone(exported, task_file(tmp_path, CHOICES, where=str(tmp_path / "items.jsonl")))
+    rows = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
+    own = [{**row, "question": f"Who has a hat? {row['question']}"} for row in rows]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    task = TaskConfig(name="own", kind="choice")
+    found = evaluate_model(
+        load_model(exported),
+        load_tokenizer(exported),
+        [read_task(task, [tmp_path / "own.jsonl"], seed=1)],
+        EvaluateConfig(tasks=(task,), confidence=0.95, seed=1, max_new_tokens=4),
+        unigram_counts=None,
+    ).metrics
+    assert found["own"]["value"] == expected["acc,none"]
+    assert found["own_normalised"]["value"] == expected["acc_norm,none"]
+    assert 0 < found["own"]["value"] < 1
 
 
 def test_a_sample_of_the_items_is_drawn_by_the_seed(exported: Path, tmp_path: Path) -> None:
