@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import os
 import subprocess
 from typing import Any, TypedDict
 
@@ -86,8 +87,11 @@ def setup_torch_backends(*, deterministic: bool = False) -> None:
     """Set the process-wide switches: TF32 for fp32 products on GPUs, or full determinism.
 
     Deterministic mode makes two runs of the same program bit-identical on the same GPU; it is
-    slower, and PyTorch raises where an operation has no deterministic form.
+    slower, and PyTorch raises where an operation has no deterministic form, so also where cuBLAS
+    has not been told before its first product to use workspaces of a fixed size.
     """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.matmul.allow_tf32 = not deterministic
     torch.backends.cudnn.allow_tf32 = not deterministic
     torch.backends.cudnn.benchmark = False

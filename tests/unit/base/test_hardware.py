@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -57,10 +58,13 @@ def test_gpus_are_told_apart(
     assert hardware.training_device(3) == torch.device("cuda", 3)
 
 
-def test_backends_are_set_and_set_back() -> None:
+def test_backends_are_set_and_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.backends.cuda.matmul.allow_tf32
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     try:
         hardware.setup_torch_backends(deterministic=True)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.backends.cuda.matmul.allow_tf32
         hardware.setup_torch_backends()

@@ -20,7 +20,7 @@ from sevenfold.base.errors import (
 )
 from sevenfold.base.hardware import OOMHandler
 from sevenfold.base.storage import JsonLines
-from sevenfold.data.batches import Batches, PackedText
+from sevenfold.data.batches import Batches, PackedText, RowSource
 from sevenfold.objective.next_token import NEXT_TOKEN, Objective, Scorer
 from sevenfold.train import checkpoint, loop, optimizer, parallel, resuming
 from sevenfold.train.config import (
@@ -110,10 +110,13 @@ def bench(
     recovery: bool = True,
     dropout: float = 0.1,
     resume: bool = True,
+    model: Any = None,
+    rows: RowSource | None = None,
 ) -> loop.Workbench:
-    scorer = Scorer(tiny_model(dropout), kernel="plain")
+    """Put ``model``, where it lies, on a bench with ``rows``; a tiny one with tiny rows if None."""
+    scorer = Scorer(tiny_model(dropout) if model is None else model, kernel="plain")
     torch.manual_seed(1)
-    rows = PackedText(Table(), bos_id=BOS)
+    rows = PackedText(Table(), bos_id=BOS) if rows is None else rows
     decisions = Decisions.open(folder / "recovery.json")
     made = loop.Workbench(
         stage="pretrain",
@@ -127,10 +130,10 @@ def bench(
             seed=5,
             place=decisions.place,
         ),
-        validation=[rows.batch(np.arange(3), 32)],
+        validation=[rows.batch(np.arange(3), rows.row_length)],
         optimizer=optimizer.make_optimizer(scorer, config.optimizer),
         config=config,
-        processes=parallel.Processes(rank=0, world=1, device=torch.device("cpu")),
+        processes=parallel.Processes(rank=0, world=1, device=next(scorer.parameters()).device),
         checkpoints=checkpoint.Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints),
         metrics=JsonLines(folder / "metrics.jsonl"),
         memory=OOMHandler(config.micro_batch, enabled=recovery),
