@@ -16,7 +16,7 @@ from types import FrameType
 import torch
 
 from sevenfold.base import faults
-from sevenfold.base.errors import SevenfoldError, UsageError
+from sevenfold.base.errors import SevenfoldError, StoppedError, UsageError
 from sevenfold.train.parallel import Processes
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ PATIENCE_VARIABLE = "SEVENFOLD_PATIENCE_S"
 PATIENCE_S = 1800.0
 
 
-class StartAgainError(SevenfoldError):
+class StartAgainError(StoppedError):
     """All processes have to start again together, from the last checkpoint."""
 
     exit_code = 76
@@ -52,7 +52,7 @@ def start_again_if_several(processes: Processes, micro_batch: int) -> None:
         raise StartAgainError(
             f"process {processes.rank} of {processes.world} ran out of memory; all start again "
             f"from the last checkpoint, from this step on with micro-batch {micro_batch}: under "
-            "torchrun, run the same command again"
+            "torchrun, run the same command again (without --no-resume)"
         )
 
 
@@ -94,6 +94,8 @@ def launch(arguments: list[str], num_processes: int) -> int:
     patience_s = _patience_s()
     while (code := _launch_once(arguments, num_processes, patience_s)) == StartAgainError.exit_code:
         log.warning("starting all %d processes again", num_processes)
+        # They have to find what was decided; the first start has set the old stage aside already.
+        arguments = [argument for argument in arguments if argument != "--no-resume"]
     return code
 
 

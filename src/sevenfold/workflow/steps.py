@@ -169,7 +169,7 @@ def train_stage(job: Job, stage: str, options: argparse.Namespace) -> None:
     try:
         call(stage, stage)(job.run, job.recipe, _stage_options(options))
     except StoppedError as stopped:
-        if options.resume:
+        if options.resume or stopped.exit_code != StoppedError.exit_code:
             raise
         raise StoppedError(f"{stopped}, without --no-resume this time") from None
 

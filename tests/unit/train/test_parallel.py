@@ -69,6 +69,12 @@ def test_the_exit_code_of_the_first_to_fail_is_returned(code: int) -> None:
     assert launch(["-c", script], 2) == code
 
 
+@pytest.mark.fault("E04")
+def test_started_again_they_do_not_start_afresh() -> None:
+    script = "import sys; sys.exit(76 if '--no-resume' in sys.argv else 3)"
+    assert launch(["-c", script, "--no-resume"], 2) == 3
+
+
 @pytest.mark.fault("A05", "A08")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_launcher_lets_all_save(tmp_path: Path, number: int) -> None:
