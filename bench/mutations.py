@@ -88,8 +88,8 @@ MUTATIONS = (
         "B10",
         "weights are copied before training goes on",
         f"{TRAIN}/checkpoint.py",
-        "t.detach().clone() for name",
-        "t.detach() for name",
+        "t.detach() if t.is_cuda else t.detach().clone()",
+        "t.detach()",
         ("tests/unit/train/test_recovery.py", "-k", "being_written"),
     ),
     Mutation(

@@ -109,10 +109,3 @@ def summed_negative_log_likelihood(scorer: nn.Module, batch: Batch) -> SummedLos
 
 
 NEXT_TOKEN = Objective(weigh=count_targets, total=summed_negative_log_likelihood)
-
-
-@torch.no_grad()
-def mean_loss(scorer: nn.Module, batches: list[Batch]) -> float:
-    """Mean negative log-likelihood in nats per target over ``batches``."""
-    total = sum(float(scorer(batch).sum()) for batch in batches)
-    return total / sum(count_targets(batch) for batch in batches)

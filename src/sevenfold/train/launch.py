@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 GRACE_S = 45.0
 START_AGAIN_S = 30.0
 # Where a process writes what it is doing, and after how long without a word all are ended. The
-# first step of a compiled 7B takes minutes, so a quarter of an hour is the shortest that is safe.
+# first step of a compiled model can take minutes; how long at the 7B has not been measured.
 HEARTBEAT_VARIABLE = "SEVENFOLD_HEARTBEAT"
 PATIENCE_VARIABLE = "SEVENFOLD_PATIENCE_S"
 PATIENCE_S = 1800.0

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.unit.toy_scorer import VOCAB, make_scorer
 from torch.nn import functional
 
 from sevenfold.data.packing import PackedConversations, PackedPreferences, Piece, Preference
@@ -18,29 +19,12 @@ from sevenfold.objective.preference import (
     reference_scores,
 )
 
-VOCAB = 50
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def scorer() -> Scorer:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from sevenfold.model.attention import IMPLEMENTATION, register_attention
-
-    register_attention()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attn_implementation=IMPLEMENTATION,
-        initializer_range=0.3,
-    )
-    return Scorer(LlamaForCausalLM(config), kernel="plain")
+    return make_scorer()
 
 
 def random_pieces(lengths: list[int]) -> list[Piece]:

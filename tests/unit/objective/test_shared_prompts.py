@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.unit.toy_scorer import VOCAB, make_scorer
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 from sevenfold.data.packing import PackedPreferences, Preference
-from sevenfold.model.attention import IMPLEMENTATION, document_mask, may_look, register_attention
+from sevenfold.model.attention import document_mask, may_look
 from sevenfold.objective.next_token import Scorer
 from sevenfold.objective.preference import preference_objective, reference_scores
 
-VOCAB = 50
 ROW = 48
 BETA = 0.3
 CPU = torch.device("cpu")
@@ -25,21 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def scorer() -> Scorer:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    register_attention()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attn_implementation=IMPLEMENTATION,
-        initializer_range=0.3,
-    )
-    return Scorer(LlamaForCausalLM(config), kernel="plain")
+    return make_scorer()
 
 
 def random_preferences(seed: int) -> list[Preference]:

@@ -134,7 +134,9 @@ def bench(
         optimizer=optimizer.make_optimizer(scorer, config.optimizer),
         config=config,
         processes=parallel.Processes(rank=0, world=1, device=next(scorer.parameters()).device),
-        checkpoints=checkpoint.Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints),
+        checkpoints=checkpoint.Checkpoints(
+            folder / "checkpoints", keep=config.keep_checkpoints, keep_best=config.keep_best
+        ),
         metrics=JsonLines(folder / "metrics.jsonl"),
         memory=OOMHandler(config.micro_batch, enabled=recovery),
         progress=Silent(),

@@ -397,18 +397,14 @@ def test_a_finished_stage_knows_its_last_row_without_the_log(tmp_path: Path) -> 
 # --- which checkpoints are kept
 
 
-def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+def test_the_best_is_kept_beside_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = dataclasses.replace(CONFIG, validate_every=5, keep_checkpoints=1, keep_best=True)
-    made = bench(tmp_path, config=config)
-    made.checkpoints.keep_best = True
     held_out = iter([3.0, 1.0, 2.0, 2.5, 2.2])
-    made.objective = dataclasses.replace(made.objective)
-    real = loop.validation_loss
-    try:
-        loop.validation_loss = lambda bench: next(held_out)  # type: ignore[assignment]
-        loop.fit(made)
-    finally:
-        loop.validation_loss = real
+    monkeypatch.setattr(loop, "validation_loss", lambda bench: next(held_out))
+    made = bench(tmp_path, config=config)
+    loop.fit(made)
     assert made.checkpoints.steps() == [10, 24]
 
 

@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from tests.unit.toy_scorer import make_scorer
 from tests.unit.workflow.forked import kill_everywhere
 
 from sevenfold.base import records, storage
@@ -33,26 +34,6 @@ PREFERENCES = [
     Preference([3, 1], [8, 9], []),
     Preference([7], [1, 2, 3], [3, 2, 1]),
 ]
-
-
-def make_scorer(seed: int = 0) -> Scorer:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from sevenfold.model.attention import IMPLEMENTATION, register_attention
-
-    register_attention()
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attn_implementation=IMPLEMENTATION,
-        initializer_range=0.3,
-    )
-    return Scorer(LlamaForCausalLM(config), kernel="plain")
 
 
 @pytest.fixture(scope="module")
