@@ -26,6 +26,7 @@ def main(folder: Path, micro_batch: int, odd_rank: int) -> None:
         os.environ.pop(faults.VARIABLE, None)  # memory that is enough now does not run out again
     config = dataclasses.replace(CONFIG, micro_batch=micro_batch)
     made = bench(folder, config=config, dropout=0.0, resume=False)
+    made.scorer.to(processes.device)  # on a machine with GPUs, each process has one
     layers = list(made.scorer.causal_model.model.layers)
     parallel.shard(made.scorer, layers, processes, bf16=False)
     made.processes = processes
