@@ -9,13 +9,15 @@ Shapes: b rows, t tokens, h heads, k key-value heads, d head size.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 IMPLEMENTATION = "sevenfold"
@@ -42,6 +44,17 @@ def prefer_fast_kernels(compute_capability: tuple[int, int], *, deterministic: b
     torch.backends.cuda.enable_cudnn_sdp(use_cudnn)
     torch.backends.cuda.enable_flash_sdp(not use_cudnn)
     torch.backends.cuda.enable_mem_efficient_sdp(not use_cudnn)
+
+
+@contextlib.contextmanager
+def kernels_for_changing_lengths() -> Iterator[None]:
+    """Let SDPA use kernels that need no plan of their own for each new length, as cuDNN's do.
+
+    An answer grows by a token at a time, and every item of a task has another length. What
+    :func:`prefer_fast_kernels` chose holds again afterwards.
+    """
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        yield
 
 
 def packed_attention(

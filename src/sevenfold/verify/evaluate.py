@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sevenfold.data.tokenizer import encode_texts
+from sevenfold.model.attention import kernels_for_changing_lengths
 from sevenfold.verify import likelihood
 from sevenfold.verify.config import (
     GENERATING_KINDS,
@@ -51,6 +52,7 @@ class Evaluation:
     samples: list[dict[str, Any]]
 
 
+@kernels_for_changing_lengths()
 def evaluate_model(
     model: Any,
     tokenizer: Any,

@@ -15,7 +15,7 @@ from sevenfold.verify.tasks import Message
 
 # Tokens that end a turn in the templates of models that people start from.
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
-MAX_ROWS = 256
+MAX_ROWS = 1024  # a step of generation takes as long for one row as for hundreds
 _LOOP_REPEATS = 4
 _LOOP_MIN_TOKENS = 8
 _LOOP_MAX_PERIOD = 32

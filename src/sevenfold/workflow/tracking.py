@@ -31,14 +31,15 @@ class Tracker:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Log one row."""
+        if self._run is None:
+            return
         from wandb.errors import Error
 
-        if self._run is not None:
-            try:
-                self._run.log(dict(row), step=row["step"])
-            except (Error, OSError) as error:
-                self._run = None
-                _warn(error)
+        try:
+            self._run.log(dict(row), step=row["step"])
+        except (Error, OSError) as error:
+            self._run = None
+            _warn(error)
 
     def end(self) -> None:
         """Let wandb finish, for a minute at most."""
