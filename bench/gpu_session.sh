@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# Everything that is measured on one H100, in order; one JSON line a case is appended to FILE.
+# What is measured on GPUs, in parts of at most ten minutes, so that rented time can be portioned.
+# One JSON line a case is appended to FILE; all parts are done, in this order, where none is named.
 #
-#     bash bench/gpu_session.sh FILE
+#     bash bench/gpu_session.sh FILE [model] [memory] [resume-tests] [parallel] [checkpoint]
+#                                    [bf16] [fp8] [autotune] [optimizer] [resume]
 #
-# A case that fails or takes too long is named on standard error and the next one begins. The exit
-# code is the number of cases that failed.
+# Tests take SIGTERM for a wish to save and go on to the next, so a part that is out of time is
+# killed. A case that fails or takes too long is named on standard error and the next one begins.
+# The exit code is the number of cases that failed.
 set -uo pipefail
 
-lines=${1:?usage: bash bench/gpu_session.sh FILE}
+lines=${1:?usage: bash bench/gpu_session.sh FILE [PART...]}
+shift
 lines=$(realpath "$lines")
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -19,7 +23,7 @@ measure() {
     local limit_s=$1 started_s=$SECONDS
     shift
     echo "== $*" >&2
-    timeout --kill-after=30 "$limit_s" "$@" >>"$lines"
+    timeout --signal=KILL "$limit_s" "$@" >>"$lines"
     local code=$?
     echo "== exit code $code after $((SECONDS - started_s)) s" >&2
     [ "$code" = 0 ] || failed=$((failed + 1))
@@ -31,18 +35,46 @@ bench() {
     measure "$limit_s" "$python" -m sevenfold.workflow.cli bench "$@"
 }
 
-echo "== tests/gpu" >&2
-timeout --kill-after=30 900 "$python" -m pytest tests/gpu -q >&2 || failed=$((failed + 1))
+tests() {
+    local limit_s=$1
+    shift
+    measure "$limit_s" "$python" -m pytest -q -o filterwarnings= --durations=5 "$@" >&2
+}
 
+preset=(--preset 7b)
 lengths=(--length 512 --length 1024 --length 2048)
-bf16=(--set pretrain.precision=bf16)
-fp8=(--set pretrain.precision=fp8)
-bench 900 pretrain --preset 7b --steps 6 "${lengths[@]}" "${bf16[@]}" --set pretrain.compile=default
-bench 1200 pretrain --preset 7b --steps 6 "${lengths[@]}" "${bf16[@]}" --set pretrain.compile=max-autotune
-bench 900 pretrain --preset 7b --steps 6 "${lengths[@]}" "${fp8[@]}" --set pretrain.compile=default
-bench 300 optimizer --preset 7b "${bf16[@]}"
-bench 600 checkpoint --preset 7b --steps 4 "${bf16[@]}"
-bench 600 resume --preset 7b "${bf16[@]}"
+bf16=(--set pretrain.precision=bf16 --set pretrain.compile=default)
+fp8=(--set pretrain.precision=fp8 --set pretrain.compile=default)
+reliability=tests/gpu/test_reliability_gpu.py
+memory="lack_of_memory or twenty_recoveries"
+
+part() {
+    case $1 in
+    model) tests 400 tests/gpu/test_model_gpu.py ;;
+    memory) tests 300 $reliability -k "$memory" ;;
+    resume-tests) tests 590 $reliability -k "not ($memory)" ;;
+    # C09, E04, A08, A09: the processes take a GPU each where there are several
+    parallel) tests 590 tests/unit/train/test_parallel.py -n 4 ;;
+    checkpoint) bench 590 checkpoint "${preset[@]}" --steps 4 --length 512 "${bf16[@]}" ;;
+    bf16) bench 590 pretrain "${preset[@]}" --steps 6 "${lengths[@]}" "${bf16[@]}" ;;
+    fp8) bench 590 pretrain "${preset[@]}" --steps 6 "${lengths[@]}" "${fp8[@]}" ;;
+    autotune)
+        bench 590 pretrain "${preset[@]}" --steps 6 --length 2048 "${bf16[@]}" \
+            --set pretrain.compile=max-autotune
+        ;;
+    optimizer) bench 300 optimizer "${preset[@]}" "${bf16[@]}" ;;
+    resume) bench 590 resume "${preset[@]}" "${bf16[@]}" ;;
+    *)
+        echo "no part '$1'; the first lines of this file list them" >&2
+        exit 2
+        ;;
+    esac
+}
+
+[ $# -gt 0 ] || set -- model memory resume-tests parallel checkpoint bf16 fp8 autotune optimizer resume
+for name in "$@"; do
+    part "$name"
+done
 
 echo "== $failed cases failed" >&2
 exit "$failed"

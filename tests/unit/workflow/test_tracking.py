@@ -100,3 +100,13 @@ def test_a_run_that_is_not_tracked_writes_nothing(tmp_path: Path) -> None:
     with tracking.tracked(job(tmp_path, "none")) as tracker:
         tracker.log(ROW)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_tracks_nowhere_needs_no_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU image without it trains as well."""
+    for name in ("wandb", "wandb.errors"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with tracking.tracked(job(tmp_path, "none")) as tracker:
+        tracker.log(ROW)
