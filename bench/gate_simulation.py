@@ -34,6 +34,7 @@ from sevenfold.verify.statistics import wilson_interval
 from sevenfold.verify.task_files import task_sha256
 from sevenfold.workflow import recipe as recipes
 from sevenfold.workflow import thresholds
+from sevenfold.workflow.contamination import EvaluationItems
 from sevenfold.workflow.evaluation import tokenizer_fingerprint
 
 REPOSITORY = Path(__file__).parent.parent
@@ -116,8 +117,9 @@ class Fabricated:
             for index, check in enumerate(scenario.checks)
         ]
         change = f"evaluate.tasks={json.dumps(tasks)}"
-        run, _ = recipes.resolve("custom", None, [change], folder / "run")
+        run, recipe = recipes.resolve("custom", None, [change], folder / "run")
         self.run: Run = recipes.save(run)
+        self._searched = EvaluationItems(run, recipe).facts({}, generated=())
         self.gates_file = folder / "gates.yaml"
         lines = [
             {"metric": self._metric(index), "min_samples": 10, **check.bound}
@@ -174,7 +176,7 @@ class Fabricated:
         storage.write_text(folder / "evaluation_items.jsonl", "\n".join(lines) + "\n")
         hashes = {key: storage.sha256_file(folder / name) for name, key in EVIDENCE.items()}
         record = {"stage": stage, "fingerprint": manifest["fingerprint"], "evidence": hashes}
-        self.run.write_record(stage, record)
+        self.run.write_record(stage, {**record, "decontaminated": self._searched})
 
     def judge(self) -> tuple[int, str]:
         """Call the script and return its exit code with what it said on standard error."""

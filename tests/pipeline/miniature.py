@@ -98,6 +98,7 @@ def recipe() -> dict[str, Any]:
             "unicode_form": "NFC",
             "deduplicate": "exact",
         },
+        "decontaminate": {"ngram": 13},
         "tokenizer": {
             "vocab_size": 512,
             "path": None,

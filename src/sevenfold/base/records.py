@@ -263,6 +263,9 @@ def _refusal(run: Run, stage: str, found: str) -> str | None:
             for check in verdict.get("checks", [])
             if check.get("result") != "pass"
         ]
+        searched = verdict.get("decontamination")
+        if isinstance(searched, dict) and searched.get("problem"):
+            failed.insert(0, str(searched["problem"]))
         return f"{path}: {stage} was not promoted ({', '.join(failed) or 'no check passed'})"
     evidence = run.record(stage).get("evidence", {})
     if "verdict_sha256" not in evidence:

@@ -7,11 +7,13 @@ In reading order:
 - ``sources``: rows and documents from local files, folders and the Hugging Face Hub
 - ``rows``: the shapes of instruction and preference rows that are understood, and their checks
 - ``village``: the demo's own small world
+- ``decontamination``: evaluation items found in what would be trained on
 - ``clean``: normalising, filtering, deduplicating, splitting off validation documents
 - ``tokenizer``: training a byte-level BPE, or taking over an existing tokenizer
 - ``template_sandbox``: chat templates from outside, rendered where they can do no harm
 - ``chat``: conversations to token ids and loss masks
 - ``tables``: tokenised conversations and preference pairs as Hugging Face data sets
+- ``saved_rows``: rows counted, split and saved
 - ``token_rows``: numbered rows of the ids in files that are watched meanwhile
 - ``shards``: packed token rows, written and read
 - ``batches``: what each training step sees

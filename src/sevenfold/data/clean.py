@@ -20,6 +20,7 @@ from typing import Any, Literal, Self
 
 from sevenfold.base.config import configuration
 from sevenfold.base.errors import BadDataError
+from sevenfold.data.decontamination import ItemIndex
 from sevenfold.data.row_files import open_compressed
 
 Document = dict[str, Any]
@@ -88,10 +89,16 @@ class CleaningCounts:
 
 
 def clean_documents(
-    documents: Iterable[Document], config: CleanConfig, counts: CleaningCounts
+    documents: Iterable[Document],
+    config: CleanConfig,
+    counts: CleaningCounts,
+    items: ItemIndex | None = None,
 ) -> Iterator[Document]:
-    """Yield the documents that stay, normalised and cut to size; ``counts`` is filled meanwhile."""
-    steps = filters(config)
+    """Yield the documents that stay, normalised and cut to size; ``counts`` is filled meanwhile.
+
+    ``items`` are those of the evaluation, which no document may hold.
+    """
+    steps = filters(config, items)
     for document in documents:
         counts.documents_read += 1
         text = normalise(document["text"], config.unicode_form)
@@ -103,11 +110,13 @@ def clean_documents(
                 counts.drop(piece, reason)
 
 
-def filters(config: CleanConfig) -> list[Filter]:
+def filters(config: CleanConfig, items: ItemIndex | None = None) -> list[Filter]:
     """Return the filters a configuration asks for, in the order in which they look."""
     wanted: list[Filter] = [_too_short(config.min_characters)]
     if config.deduplicate == "exact":
         wanted.append(_seen_before())
+    if items is not None:
+        wanted.append(lambda document: items.reason([document["text"]]))
     return wanted
 
 

@@ -185,17 +185,21 @@ def judge(
     fingerprint: str,
     evidence: Evidence,
     earlier: Mapping[str, Evidence],
+    decontamination: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the verdict on the model ``fingerprint``; the same input gives the same bytes.
 
-    ``evidence`` and ``earlier`` (by stage) carry their own problems; each is a refusal here.
+    ``evidence``, ``earlier`` (by stage) and ``decontamination`` carry their own problems; each is
+    a refusal here.
     """
     outcomes = [_judge_check(check, confidence, fingerprint, evidence, earlier) for check in checks]
+    passed = bool(outcomes) and all(outcome["result"] == "pass" for outcome in outcomes)
     return {
         "stage": stage,
-        "promoted": bool(outcomes) and all(o["result"] == "pass" for o in outcomes),
+        "promoted": passed and decontamination["problem"] is None,
         "fingerprint": fingerprint,
         "confidence": confidence,
+        "decontamination": dict(decontamination),
         "checks": outcomes,
     }
 

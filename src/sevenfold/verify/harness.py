@@ -133,15 +133,8 @@ def measure_harness(subject: Subject, task: Task) -> list[ItemResult]:
     """
     require_installed(task.config)
     config, source = task.config, cast(HarnessTask, task.items[0])
-    try:
-        with _sandboxed_templates(), contextlib.redirect_stderr(io.StringIO()):  # its bars
-            name, samples = _run(subject, config, source)
-    except _PROBLEMS as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise BadDataError(
-            f"{source.file or source.id}: lm-evaluation-harness cannot run it ({reason:.300}); "
-            "try it with lm-eval alone"
-        ) from error
+    with _explained(source), _sandboxed_templates():
+        name, samples = _run(subject, config, source)
     first = samples[0]["filter"]
     results = [_result(config, sample) for sample in samples if sample["filter"] == first]
     if not any(result["scores"] for result in results):
@@ -152,18 +145,27 @@ def measure_harness(subject: Subject, task: Task) -> list[ItemResult]:
     return results
 
 
+@contextlib.contextmanager
+def _explained(source: HarnessTask) -> Iterator[None]:
+    """Say which task the harness cannot build or run, and keep its bars from the screen."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    except _PROBLEMS as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise BadDataError(
+            f"{source.file or source.id}: lm-evaluation-harness cannot run it ({reason:.300}); "
+            "try it with lm-eval alone"
+        ) from error
+
+
 def _run(
     subject: Subject, config: TaskConfig, source: HarnessTask
 ) -> tuple[str, list[dict[str, Any]]]:
     """Let the harness run one task, as its ``simple_evaluate`` does, and return its samples."""
     from lm_eval.evaluator import evaluate
-    from lm_eval.tasks import TaskManager
 
-    spec: Any = source.id if source.file is None else _task_values(source.file)
-    loaded = TaskManager(include_defaults=source.file is None).load([spec])
-    if len(loaded["tasks"]) != 1:
-        raise ValueError(f"it is a group of {len(loaded['tasks'])} tasks; name each")
-    [(name, task)] = loaded["tasks"].items()
+    name, task, loaded = _load(source)
     if task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=_FEWSHOT_SEED)
@@ -176,6 +178,33 @@ def _run(
         log_samples=True,
     )
     return name, found["samples"][name]
+
+
+def _load(source: HarnessTask) -> tuple[str, Any, Any]:
+    """Return the task's name, the task, and both as the harness passes them on."""
+    from lm_eval.tasks import TaskManager
+
+    spec: Any = source.id if source.file is None else _task_values(source.file)
+    loaded = TaskManager(include_defaults=source.file is None).load([spec])
+    if len(loaded["tasks"]) != 1:
+        raise ValueError(f"it is a group of {len(loaded['tasks'])} tasks; name each")
+    [(name, task)] = loaded["tasks"].items()
+    return name, task, loaded
+
+
+def item_texts(task: TaskConfig, file: Path | None) -> Iterator[Sequence[str]]:
+    """Yield every string of each item that is asked; its few-shot examples are not evaluated.
+
+    Errors:
+        UsageError: the harness is not installed.
+        BadDataError: the harness cannot build the task.
+    """
+    require_installed(task)
+    source = HarnessTask(id=task.path or task.name, file=file)
+    with _explained(source), _sandboxed_templates():
+        documents = list(_load(source)[1].eval_docs)
+    for document in documents:
+        yield [value for value in document.values() if isinstance(value, str)]
 
 
 def _drawn(num_items: int, config: TaskConfig, seed: int) -> list[int] | None:

@@ -51,6 +51,9 @@ def judge(
     told = f"{passed} of {len(results)} checks pass"
     if verdict.get("promoted") is True:
         return Standing(word="pass", why=told)
+    searched = verdict.get("decontamination")
+    if isinstance(searched, Mapping) and searched.get("problem"):
+        return Standing(word="fail", why=f"{told}; {searched['problem']}", forced=forced)
     word = "fail" if "fail" in results or "inconclusive" not in results else "inconclusive"
     return Standing(word=word, why=told, forced=forced)
 

@@ -23,17 +23,14 @@ from sevenfold.data.tokenizer import encode_texts, load_tokenizer
 from sevenfold.model.llama import TOKENIZER_FILES, load_model
 from sevenfold.verify import gates, harness, model_card
 from sevenfold.verify.adapters import adapter_metrics
-from sevenfold.verify.config import (
-    VALIDATION_TASK,
-    EvaluateConfig,
-    TaskConfig,
-)
+from sevenfold.verify.config import EvaluateConfig, TaskConfig
 from sevenfold.verify.evaluate import Evaluation, evaluate_model
 from sevenfold.verify.likelihood import token_counts
-from sevenfold.verify.task_files import task_sha256
 from sevenfold.verify.tasks import Task, read_task
+from sevenfold.workflow import contamination
+from sevenfold.workflow.contamination import items_sha256, task_file, task_paths
 from sevenfold.workflow.recipe import Recipe
-from sevenfold.workflow.thresholds import items_path, require_known_gates
+from sevenfold.workflow.thresholds import require_known_gates
 
 log = logging.getLogger(__name__)
 
@@ -144,51 +141,9 @@ def _by(run: Run, evaluation: Mapping[str, Any]) -> str:
     return f", with version {known}, not this one, {here}; remove {path} to measure them again"
 
 
-def task_paths(run: Run, task: TaskConfig) -> list[Path]:
-    """Return the files of a task: those of the run where the task names none.
-
-    A relative path is looked for from the working directory, then from the repository.
-
-    Errors:
-        UsageError: there are none.
-    """
-    if task.path is not None:
-        return [items_path(task.path, task)]
-    if task.kind == "text" and task.name == VALIDATION_TASK:
-        paths = sorted(run.data("clean").glob("validation-*.jsonl*"))
-        if not paths:
-            raise UsageError(
-                f"{run.data('clean')}: no held-out documents; run scripts/02_clean_data.py, or "
-                "give evaluate.tasks a text task with a path"
-            )
-        return paths
-    path = run.data("raw") / "evaluation" / f"{task.name}.jsonl"
-    if not path.is_file():
-        raise UsageError(
-            f"{path}: no such file; run scripts/01_download_data.py, or give task '{task.name}' "
-            "a path"
-        )
-    return [path]
-
-
-def items_sha256(run: Run, task: TaskConfig) -> str:
-    """Return what identifies the items of a task.
-
-    Errors:
-        UsageError: a file of it is missing.
-    """
-    if task.kind == "harness":
-        return harness.items_sha256(task, _task_file(task))
-    return task_sha256(task_paths(run, task))
-
-
-def _task_file(task: TaskConfig) -> Path | None:
-    return None if task.file is None else items_path(task.file, task)
-
-
 def _open_task(run: Run, task: TaskConfig, seed: int) -> Task:
     if task.kind == "harness":
-        return harness.open_task(task, _task_file(task))
+        return harness.open_task(task, task_file(task))
     return read_task(task, task_paths(run, task), seed=seed)
 
 
@@ -250,6 +205,7 @@ def check_stage(run: Run, recipe: Recipe, stage: str, gates_file: Path) -> dict[
         fingerprint=model,
         evidence=read_evidence(run, recipe.evaluate, stage),
         earlier={name: read_evidence(run, recipe.evaluate, name) for name in sorted(earlier)},
+        decontamination=contamination.judge(run, recipe, stage, {c.metric for c in checks}),
     )
     path = run.stage(stage) / VERDICT
     storage.write_json(path, verdict)
@@ -261,6 +217,8 @@ def check_stage(run: Run, recipe: Recipe, stage: str, gates_file: Path) -> dict[
     if not verdict["promoted"]:
         refused = [check for check in verdict["checks"] if check["result"] != "pass"]
         named = "; ".join(f"{c['metric']} {c['result']} ({c['why']})" for c in refused)
+        if problem := verdict["decontamination"]["problem"]:
+            named = f"{problem}; {named}".removesuffix("; ")
         raise GateRefusedError(f"{path}: {stage} is not promoted: {named}")
     return verdict
 

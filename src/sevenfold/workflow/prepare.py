@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from sevenfold.data.clean import (
     read_shards,
 )
 from sevenfold.data.sources import SourceConfig
-from sevenfold.data.village import Village
+from sevenfold.workflow.contamination import INPUT, EvaluationItems
 from sevenfold.workflow.prepared import (
     SCRIPTS,
     is_current,
@@ -39,108 +38,24 @@ from sevenfold.workflow.prepared import (
     settings,
     verified,
 )
+from sevenfold.workflow.raw_data import VILLAGE_LICENCE, download, source_fingerprint
 from sevenfold.workflow.recipe import Recipe
+
+__all__ = [
+    "clean",
+    "download",
+    "make_tokenizer",
+    "prepare_dpo",
+    "prepare_rows",
+    "prepare_sft",
+    "source_fingerprint",
+    "tokenize_and_pack",
+]
 
 log = logging.getLogger(__name__)
 
-VILLAGE_LICENCE = "generated"
 VILLAGE_ROWS = {"sft": "instructions", "lora": "domain", "dpo": "preferences"}
 _BATCH_DOCUMENTS = 512
-
-
-# --- 01 -----------------------------------------------------------------------------------------
-
-
-def download(run: Run, recipe: Recipe) -> None:
-    """Write ``data/raw``: the documents of the recipe's sources, or of the village.
-
-    Errors:
-        UsageError: a source is not there, is given twice, or states no licence.
-        BadDataError: a source holds something it must not hold; what was there stays.
-    """
-    chosen, village = recipe.data.sources, recipe.data.village
-    sources.refuse_repeated(chosen)
-    sources.require_licences(chosen, "data.sources")
-    config = settings(recipe, "raw")
-    inputs = {source.location: source_fingerprint(source) for source in chosen}
-    if is_current(run.data("raw"), inputs, config):
-        return
-    with storage.new_folder(run.data("raw"), kind="raw", inputs=inputs, config=config) as folder:
-        if village is None:
-            facts = _write_documents(folder, chosen)
-        else:
-            facts = _write_village(folder, Village(village))
-        storage.manifest_facts(folder, **facts)
-    say(run.data("raw"), f"{facts['documents']:,} documents")
-
-
-def source_fingerprint(source: SourceConfig) -> str:
-    """Return a fingerprint of a source's bytes; of its name and revision if it is on the Hub.
-
-    Errors:
-        UsageError: nothing is there.
-    """
-    if source.dataset is not None:
-        return fingerprint([source.dataset, source.subset, source.split, source.revision])
-    root, files = sources.list_files(source)
-    files = files or sorted(path for path in root.rglob("*") if path.is_file())
-    return fingerprint({p.relative_to(root).as_posix(): storage.sha256_file(p) for p in files})
-
-
-def _write_documents(folder: Path, chosen: Sequence[SourceConfig]) -> dict[str, Any]:
-    facts: list[dict[str, Any]] = []
-    with DocumentWriter(folder, "documents") as writer:
-        for source in chosen:
-            num_documents = num_characters = 0
-            for document in sources.read_documents(source):
-                writer.write(document)
-                num_documents += 1
-                num_characters += len(document["text"])
-            facts.append(
-                {
-                    "name": source.name,
-                    "location": source.location,
-                    "licence": source.licence,
-                    "documents": num_documents,
-                    "characters": num_characters,
-                }
-            )
-    num_documents = sum(source["documents"] for source in facts)
-    if num_documents == 0:
-        named = ", ".join(source.location for source in chosen)
-        raise BadDataError(f"{named}: not one document; give files that hold text")
-    return {"documents": num_documents, "sources": facts}
-
-
-def _write_village(folder: Path, village: Village) -> dict[str, Any]:
-    counts = dict.fromkeys(SPLITS, 0)
-    documents = (
-        *({**document, "split": "train"} for document in village.documents()),
-        *({**document, "split": "validation"} for document in village.validation_documents()),
-    )
-    with DocumentWriter(folder, "documents") as writer:
-        for document in documents:
-            writer.write(document)
-            counts[document["split"]] += 1
-    rows = {
-        "instructions": list(village.instructions()),
-        "preferences": list(village.preferences()),
-        "domain": list(village.domain()),
-        **{f"evaluation/{task}": items for task, items in village.evaluation().items()},
-    }
-    for name, items in rows.items():
-        _write_lines(folder / f"{name}.jsonl", items)
-    source = {"name": "village", "location": "village", "licence": VILLAGE_LICENCE} | counts
-    return {
-        "documents": sum(counts.values()),
-        "rows": {name: len(items) for name, items in rows.items()},
-        "sources": [source],
-    }
-
-
-def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
-    storage.write_text(path, "".join(lines))
 
 
 # --- 02 -----------------------------------------------------------------------------------------
@@ -155,14 +70,17 @@ def clean(run: Run, recipe: Recipe) -> None:
     """
     raw = verified(run, "raw")
     target = run.data("clean")
-    inputs = {"raw": raw["fingerprint"]}
+    items = EvaluationItems(run, recipe)
+    inputs = {"raw": raw["fingerprint"], INPUT: items.fingerprint}
+    generated = [] if recipe.data.village is None else ["village"]
     fraction = recipe.data.validation_fraction
     config = settings(recipe, "clean")
     if is_current(target, inputs, config):
         return
     counts = CleaningCounts()
     documents = read_shards(run.data("raw"), "documents")
-    kept = clean_documents(documents, recipe.clean, counts)
+    index = None if generated else items.index
+    kept = clean_documents(documents, recipe.clean, counts, index)
     with storage.new_folder(target, kind="clean", inputs=inputs, config=config) as folder:
         with (
             DocumentWriter(folder, "train") as train,
@@ -172,7 +90,12 @@ def clean(run: Run, recipe: Recipe) -> None:
             for split, document in assign_splits(kept, fraction):
                 writers[split].write(document)
                 counts.keep(document, split)
-        storage.manifest_facts(folder, sources=raw["sources"], **counts.facts())
+        storage.manifest_facts(
+            folder,
+            sources=raw["sources"],
+            decontaminated=items.facts(counts.dropped, generated=generated),
+            **counts.facts(),
+        )
     dropped = ", ".join(f"{n:,} {reason}" for reason, n in sorted(counts.dropped.items()))
     kept_counts = f"{counts.documents['train']:,} documents and {counts.documents['validation']:,}"
     say(target, f"{kept_counts} held out; dropped: {dropped or 'none'}")
@@ -192,6 +115,7 @@ def tokenize_and_pack(run: Run, recipe: Recipe) -> None:
     made = make_tokenizer(run, recipe)
     target = run.data("packed")
     inputs = {"clean": cleaned["fingerprint"], "tokenizer": _tokenizer_fingerprint(run)}
+    inputs[INPUT] = cleaned["inputs"][INPUT]
     config = settings(recipe, "packed")
     if is_current(target, inputs, config):
         return
@@ -213,6 +137,7 @@ def tokenize_and_pack(run: Run, recipe: Recipe) -> None:
             bos_id=made.bos_token_id,
             eos_id=made.eos_token_id,
             sources=cleaned["sources"],
+            decontaminated=cleaned["decontaminated"],
             row_length=recipe.pack.row_length,
             counts=counts,
         )
@@ -297,16 +222,20 @@ def prepare_sft(
         BadDataError: a row is wrong; with file, line and field.
     """
     made, identity = _row_tokenizer(run, recipe, tokenizer_folder)
+    items = EvaluationItems(run, recipe)
     for stage in stages:
-        chosen = _with_sources(run, recipe, stage, rows_config(recipe, stage))
-        inputs = _row_inputs(identity, chosen.sources)
+        chosen, generated = _with_sources(run, recipe, stage, rows_config(recipe, stage))
+        inputs = _row_inputs(identity, items, chosen.sources)
         if is_current(run.data(stage), inputs, to_plain(chosen)):
             continue
         with storage.new_folder(
             run.data(stage), kind=stage, inputs=inputs, config=to_plain(chosen)
         ) as folder:
-            facts = tables.write_conversations(folder, made, chosen)
-            storage.manifest_facts(folder, **facts)
+            index = None if generated else items.index
+            facts = tables.write_conversations(
+                folder, made, chosen, items=index, generated=generated
+            )
+            _note_rows(folder, facts, items, generated)
         _say_rows(run.data(stage), facts)
 
 
@@ -318,18 +247,21 @@ def prepare_dpo(run: Run, recipe: Recipe, tokenizer_folder: Path | None = None) 
         BadDataError: a row is wrong; with file, line and field.
     """
     made, identity = _row_tokenizer(run, recipe, tokenizer_folder)
-    chosen = _with_sources(run, recipe, "dpo", recipe.dpo.data)
+    items = EvaluationItems(run, recipe)
+    chosen, generated = _with_sources(run, recipe, "dpo", recipe.dpo.data)
     assert isinstance(chosen, chat.PreferenceDataConfig)
-    from_village = not recipe.dpo.data.sources
     sources.require_licences(chosen.replay, "dpo.data.replay")
-    inputs = _row_inputs(identity, (*chosen.sources, *chosen.replay))
+    inputs = _row_inputs(identity, items, (*chosen.sources, *chosen.replay))
     if is_current(run.data("dpo"), inputs, to_plain(chosen)):
         return
     with storage.new_folder(
         run.data("dpo"), kind="dpo", inputs=inputs, config=to_plain(chosen)
     ) as folder:
-        facts = tables.write_preferences(folder, made, chosen, single=from_village)
-        storage.manifest_facts(folder, **facts)
+        index = None if generated and not chosen.replay else items.index
+        facts = tables.write_preferences(
+            folder, made, chosen, items=index, generated=generated, single=bool(generated)
+        )
+        _note_rows(folder, facts, items, generated)
     _say_rows(run.data("dpo"), facts)
 
 
@@ -350,15 +282,24 @@ def _existing_tokenizer(run: Run, recipe: Recipe) -> Any:
     return tokenizer.load_tokenizer(run.tokenizer)
 
 
+def _note_rows(
+    folder: Path, facts: dict[str, Any], items: EvaluationItems, generated: Sequence[SourceConfig]
+) -> None:
+    names = [source.name for source in generated]
+    searched = items.facts(facts["counts"]["dropped"], generated=names)
+    storage.manifest_facts(folder, decontaminated=searched, **facts)
+
+
 def _with_sources(
     run: Run, recipe: Recipe, stage: str, config: chat.ChatDataConfig
-) -> chat.ChatDataConfig:
-    """Return ``config`` with the village's rows where it names no sources."""
+) -> tuple[chat.ChatDataConfig, Sequence[SourceConfig]]:
+    """Return ``config`` with the village's rows where it names no sources, and those rows."""
+    generated: tuple[SourceConfig, ...] = ()
     if not config.sources and recipe.data.village is not None:
         storage.read_manifest(run.data("raw"), made_by=SCRIPTS["raw"])
         rows = run.data("raw") / f"{VILLAGE_ROWS[stage]}.jsonl"
-        village = SourceConfig(name="village", path=str(rows), licence=VILLAGE_LICENCE)
-        config = dataclasses.replace(config, sources=(village,))
+        generated = (SourceConfig(name="village", path=str(rows), licence=VILLAGE_LICENCE),)
+        config = dataclasses.replace(config, sources=generated)
     if not config.sources:
         raise UsageError(
             f"{stage}.data.sources: empty; name sources there, or run {SCRIPTS[stage]} with "
@@ -366,12 +307,14 @@ def _with_sources(
         )
     sources.refuse_repeated(config.sources)
     sources.require_licences(config.sources, f"{stage}.data.sources")
-    return config
+    return config, generated
 
 
-def _row_inputs(tokenizer_identity: str, chosen: Sequence[SourceConfig]) -> dict[str, str]:
+def _row_inputs(
+    tokenizer_identity: str, items: EvaluationItems, chosen: Sequence[SourceConfig]
+) -> dict[str, str]:
     found = {source.location: source_fingerprint(source) for source in chosen}
-    return {"tokenizer": tokenizer_identity, **found}
+    return {"tokenizer": tokenizer_identity, INPUT: items.fingerprint, **found}
 
 
 def _say_rows(folder: Path, facts: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from sevenfold.data.shards import PackedShards, open_shards
 from sevenfold.model import llama
 from sevenfold.objective.next_token import NEXT_TOKEN
 from sevenfold.train import parallel
-from sevenfold.workflow import prepare, prepared, training, workbench
+from sevenfold.workflow import contamination, prepare, prepared, training, workbench
 from sevenfold.workflow.initialize import initialize
 from sevenfold.workflow.recipe import Recipe
 
@@ -25,6 +25,7 @@ def pretrain(run: records.Run, recipe: Recipe, options: training.StageOptions) -
     config = recipe.pretrain
     if options.data is None:
         prepared.require_current(run, recipe, "packed")
+        contamination.require_searched(run, recipe, "packed")
     elif options.start_from is None:
         _initialize_for_ids(run, recipe, options.data)
     source = training.open_source(run, "init", options)

@@ -24,6 +24,7 @@ from sevenfold.base.errors import SevenfoldError, UsageError, nearest
 from sevenfold.base.records import Run, open_run, write_run
 from sevenfold.data.chat import ChatDataConfig, PreferenceDataConfig
 from sevenfold.data.clean import CleanConfig
+from sevenfold.data.decontamination import DecontaminationConfig
 from sevenfold.data.shards import PackConfig
 from sevenfold.data.sources import SourceConfig
 from sevenfold.data.tokenizer import TokenizerConfig
@@ -130,6 +131,7 @@ class Recipe:
     model: ModelConfig
     data: DataConfig
     clean: CleanConfig
+    decontaminate: DecontaminationConfig
     tokenizer: TokenizerConfig
     pack: PackConfig
     init: InitConfig

@@ -21,7 +21,7 @@ from sevenfold.data.shards import open_shards
 from sevenfold.model import float8, llama
 from sevenfold.train import loop, parallel
 from sevenfold.train.config import TrainConfig
-from sevenfold.workflow import prepare, prepared
+from sevenfold.workflow import contamination, prepare, prepared
 from sevenfold.workflow.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -143,6 +143,7 @@ def open_rows(run: records.Run, recipe: Recipe, stage: str, source: records.Sour
     else:
         require_same_tokenizer(run, source)
         prepared.require_current(run, recipe, stage)
+        contamination.require_searched(run, recipe, stage)
     return str(storage.verify_folder(run.data(stage))["fingerprint"])
 
 
@@ -283,6 +284,7 @@ def close(job: Job, bench: loop.Workbench, last: Mapping[str, Any], **facts: Any
         "forced": job.source.forced,
         "forced_promotions": job.source.forced_promotions,
         "external": job.source.external,
+        "decontaminated": contamination.facts_of(_data_folder(job)),
         "elapsed_s": bench.elapsed_s,
         "finished_at_s": time.time(),
         "gpu": gpu["name"],
@@ -302,6 +304,12 @@ def close(job: Job, bench: loop.Workbench, last: Mapping[str, Any], **facts: Any
             f"stopped by a signal in the last step; {job.stage} is finished and saved, run the "
             "same command again to go on"
         )
+
+
+def _data_folder(job: Job) -> Path:
+    if job.stage == "pretrain":
+        return job.options.data or job.run.data("packed")
+    return job.run.data(job.stage)
 
 
 def _is_finite(value: Any) -> bool:

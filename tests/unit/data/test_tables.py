@@ -10,8 +10,9 @@ import pytest
 
 from sevenfold.base.errors import BadDataError
 from sevenfold.data.chat import ChatDataConfig, PreferenceDataConfig
+from sevenfold.data.saved_rows import REJECTED_FILE
 from sevenfold.data.sources import SourceConfig
-from sevenfold.data.tables import REJECTED_FILE, write_conversations, write_preferences
+from sevenfold.data.tables import write_conversations, write_preferences
 
 
 def source(path: Path, rows: list[Any], name: str = "s") -> SourceConfig:

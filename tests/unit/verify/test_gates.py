@@ -14,6 +14,7 @@ from sevenfold.base.errors import UsageError
 from sevenfold.verify.gates import Check, Evidence, check_names, judge, read_gates
 from sevenfold.verify.statistics import estimate, metric_seed
 
+SEARCHED = {"tasks": [], "data": {}, "unknown_before": [], "problem": None}
 MODEL = "a" * 64
 
 
@@ -35,6 +36,23 @@ def evidence(
     return Evidence(evaluation={**evaluation, **changes}, items=items)
 
 
+def test_data_that_were_not_searched_stop_the_promotion() -> None:
+    found = evidence({"refusal_rate": rate(99, 100)})
+    problem = {"problem": "what dpo was trained on was not searched for refusals"}
+    judged = judge(
+        [at_least(0.8)],
+        stage="dpo",
+        confidence=0.95,
+        fingerprint=MODEL,
+        evidence=found,
+        earlier={},
+        decontamination=problem,
+    )
+    assert judged["checks"][0]["result"] == "pass"
+    assert judged["promoted"] is False
+    assert judged["decontamination"] == problem
+
+
 def rate(successes: int, n: int) -> list[float]:
     return [1.0] * successes + [0.0] * (n - successes)
 
@@ -47,6 +65,7 @@ def verdict(check: Check, found: Evidence, **earlier: Evidence) -> dict[str, Any
         fingerprint=MODEL,
         evidence=found,
         earlier=earlier,
+        decontamination=SEARCHED,
     )
 
 
@@ -264,7 +283,13 @@ def test_the_same_evidence_gives_the_same_bytes() -> None:
 
 def test_a_verdict_without_checks_promotes_nothing() -> None:
     empty = judge(
-        [], stage="sft", confidence=0.95, fingerprint=MODEL, evidence=evidence({}), earlier={}
+        [],
+        stage="sft",
+        confidence=0.95,
+        fingerprint=MODEL,
+        evidence=evidence({}),
+        earlier={},
+        decontamination=SEARCHED,
     )
     assert empty["promoted"] is False
 
@@ -273,7 +298,13 @@ def test_one_check_that_does_not_pass_stops_the_promotion() -> None:
     found = evidence({"refusal_rate": rate(99, 100), "facts": rate(55, 100)})
     checks = [at_least(0.8), Check(metric="facts", min=0.5, min_samples=1)]
     judged = judge(
-        checks, stage="dpo", confidence=0.95, fingerprint=MODEL, evidence=found, earlier={}
+        checks,
+        stage="dpo",
+        confidence=0.95,
+        fingerprint=MODEL,
+        evidence=found,
+        earlier={},
+        decontamination=SEARCHED,
     )
     assert [c["result"] for c in judged["checks"]] == ["pass", "inconclusive"]
     assert judged["promoted"] is False

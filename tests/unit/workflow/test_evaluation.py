@@ -18,11 +18,14 @@ import torch
 from sevenfold.base import faults, storage
 from sevenfold.base.errors import BadDataError, GateRefusedError, UsageError
 from sevenfold.base.records import Run, open_promoted
+from sevenfold.data.decontamination import DecontaminationConfig
 from sevenfold.data.tokenizer import TokenizerConfig, train_tokenizer
 from sevenfold.model.llama import load_model, save_model
 from sevenfold.model.lora import LoRAAdapterConfig, add_adapter, merge_adapter, save_adapter
+from sevenfold.verify import standing
 from sevenfold.verify.config import EvaluateConfig, TaskConfig
 from sevenfold.workflow import evaluation
+from sevenfold.workflow.contamination import EvaluationItems
 from sevenfold.workflow.evaluation import check_stage, evaluate_stage
 from sevenfold.workflow.recipe import Recipe
 
@@ -70,7 +73,8 @@ def recipe(tasks: tuple[TaskConfig, ...] = TASKS) -> Recipe:
     settings = EvaluateConfig(
         tasks=tasks, confidence=0.95, seed=1, max_new_tokens=6, sample_prompts=("Who is Tom?",)
     )
-    return cast("Recipe", types.SimpleNamespace(evaluate=settings))
+    searching = DecontaminationConfig(ngram=13)
+    return cast("Recipe", types.SimpleNamespace(evaluate=settings, decontaminate=searching))
 
 
 def random_model(seed: int) -> Any:
@@ -95,7 +99,16 @@ def finish(run: Run, stage: str, seed: int) -> None:
     """Write a stage as training leaves it: model and record."""
     save_model(random_model(seed), run.tokenizer, run.model(stage), torch.float32)
     found = storage.read_manifest(run.model(stage))["fingerprint"]
-    run.write_record(stage, {"stage": stage, "fingerprint": found, "external": False})
+    searched = EvaluationItems(run, recipe()).facts({}, generated=["village"])
+    record = {"stage": stage, "fingerprint": found, "external": False, "decontaminated": searched}
+    run.write_record(stage, record)
+
+
+def mark_searched(run: Run, settings: Recipe, *stages: str) -> None:
+    """Let the records say that what the stages were trained on holds none of the items."""
+    facts = EvaluationItems(run, settings).facts({}, generated=())
+    for stage in stages:
+        run.write_record(stage, {**run.record(stage), "decontaminated": facts})
 
 
 @pytest.fixture(scope="module")
@@ -453,6 +466,14 @@ def test_a_task_of_the_harness_is_judged_like_any_other(run: Run, gates_file: Pa
     )
     for stage in ("pretrain", "sft"):
         assert evaluate_stage(run, recipe(tasks), stage)["metrics"]["hats_acc"]["n"] == 12
+    with pytest.raises(GateRefusedError, match="pretrain was trained on was not searched for"):
+        check_stage(run, recipe(tasks), "sft", gates_file)
+    with pytest.raises(GateRefusedError, match=r"not promoted \(what pretrain was trained on"):
+        open_promoted(run, "sft")
+    verdict = storage.read_json(run.stage("sft") / "verdict.json")
+    stands = standing.judge(run, "sft", record=run.record("sft"), verdict=verdict, started=True)
+    assert (stands.word, stands.why[:34]) == ("fail", "2 of 2 checks pass; what pretrain ")
+    mark_searched(run, recipe(tasks), "pretrain", "sft")
     assert check_stage(run, recipe(tasks), "sft", gates_file)["promoted"] is True
     (folder / "hats.jsonl").write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(GateRefusedError, match="stale: the items of hats have changed"):

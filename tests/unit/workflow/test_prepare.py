@@ -20,11 +20,13 @@ from sevenfold.base.errors import BadDataError, UsageError
 from sevenfold.base.records import Run
 from sevenfold.data.chat import ChatDataConfig, PreferenceDataConfig
 from sevenfold.data.clean import CleanConfig, read_shards
+from sevenfold.data.decontamination import DecontaminationConfig
 from sevenfold.data.shards import PackConfig, open_shards
 from sevenfold.data.sources import SourceConfig, source_from_path
 from sevenfold.data.tokenizer import TokenizerConfig, load_tokenizer
 from sevenfold.data.village import VillageConfig
 from sevenfold.verify import data_card
+from sevenfold.verify.config import EvaluateConfig, TaskConfig
 from sevenfold.workflow import prepare, prepared
 
 SHARED = Path(__file__).parents[3].parent / "shared" / "data"
@@ -42,6 +44,11 @@ VILLAGE = VillageConfig(
     num_evaluation_items=10,
 )
 
+TASKS = (
+    TaskConfig(name="validation", kind="text"),
+    TaskConfig(name="village_facts", kind="exact"),
+)
+
 
 def make_recipe(**data: Any) -> Any:
     """Return the parts of a recipe that preparation reads."""
@@ -55,6 +62,8 @@ def make_recipe(**data: Any) -> Any:
         tokenizer=TokenizerConfig(
             vocab_size=512, path=None, max_digits=1, sample_characters=10_000_000
         ),
+        decontaminate=DecontaminationConfig(ngram=13),
+        evaluate=EvaluateConfig(tasks=TASKS, confidence=0.95, seed=1, max_new_tokens=8),
         pack=PackConfig(row_length=32, dtype="uint16"),
         sft=SimpleNamespace(data=ChatDataConfig(**rows)),
         lora=SimpleNamespace(data=ChatDataConfig(**rows)),
