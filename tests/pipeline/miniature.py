@@ -91,7 +91,7 @@ def recipe() -> dict[str, Any]:
         "seed": 3,
         "model": MODEL,
         "tracking": "none",
-        "data": {"sources": [], "validation_fraction": 0.0, "village": VILLAGE},
+        "data": {"sources": [], "mixture": None, "validation_fraction": 0.0, "village": VILLAGE},
         "clean": {
             "min_characters": 4,
             "document_characters": 4000,

@@ -19,7 +19,7 @@ from sevenfold.base import faults
 from sevenfold.base.errors import BadDataError, SevenfoldError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_HIDDEN = re.compile(r"/\.[^/]+\.(partial-|replaced$)")
+_HIDDEN = re.compile(r"/\.[^/]+\.(partial-|replaced$|unfinished(/|$))")
 
 
 @contextlib.contextmanager
@@ -82,6 +82,15 @@ def rename(path: Path, target: Path, *, frees_room: bool = False) -> None:
     """Give ``path`` another name, in place of the file that may have it."""
     faults.at_storage_operation(path, frees_room=frees_room)
     path.replace(target)
+
+
+def link(path: Path, target: Path) -> None:
+    """Give the bytes of ``path`` a second name; where the disk knows no links, copy them."""
+    faults.at_storage_operation(target)
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copyfile(path, target)
 
 
 def unlink(path: Path) -> None:

@@ -5,6 +5,7 @@ In reading order:
 - ``strict_json``: JSON Lines and JSON lists in which every mistake has a line and a field
 - ``row_files``: files of rows, packed or not, read as what their names say they are
 - ``sources``: rows and documents from local files, folders and the Hugging Face Hub
+- ``mixture``: the documents of several sources, by weights
 - ``rows``: the shapes of instruction and preference rows that are understood, and their checks
 - ``village``: the demo's own small world
 - ``decontamination``: evaluation items found in what would be trained on

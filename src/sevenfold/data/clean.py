@@ -223,13 +223,25 @@ def fraction_of(text: str) -> float:
 
 
 class DocumentWriter:
-    """Writes ``<prefix>-00000.jsonl.zst``, ... of bounded size into a folder being made."""
+    """Writes ``<prefix>-00000.jsonl.zst``, ... of bounded size into a folder being made.
 
-    def __init__(self, folder: Path, prefix: str) -> None:
+    A shard ends with the document that fills it. ``when_full`` is told the name of each shard that
+    has ended so; the last one ends when the writer does.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        prefix: str,
+        *,
+        first_shard: int = 0,
+        when_full: Callable[[str], None] | None = None,
+    ) -> None:
         """Write into ``folder``; no file appears before the first document."""
         self.folder = folder
         self.prefix = prefix
-        self._num_shards = 0
+        self._num_shards = first_shard
+        self._when_full = when_full
         self._room = 0
         self._file: io.BufferedWriter | None = None
 
@@ -238,9 +250,8 @@ class DocumentWriter:
         import zstandard
 
         line = json.dumps(document, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        if self._file is None or self._room < len(line):
-            self._close()
-            path = self.folder / f"{self.prefix}-{self._num_shards:05d}.jsonl.zst"
+        if self._file is None:
+            path = self.folder / self._name(self._num_shards)
             compressor = zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, write_checksum=True)
             self._file = zstandard.open(path, "wb", cctx=compressor)
             self._num_shards += 1
@@ -248,6 +259,13 @@ class DocumentWriter:
         assert self._file is not None
         self._file.write(line)
         self._room -= len(line)
+        if self._room <= 0:
+            self._close()
+            if self._when_full is not None:
+                self._when_full(self._name(self._num_shards - 1))
+
+    def _name(self, number: int) -> str:
+        return f"{self.prefix}-{number:05d}.jsonl.zst"
 
     def _close(self) -> None:
         if self._file is not None:

@@ -9,7 +9,7 @@ import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from sevenfold.base.errors import BadDataError, UsageError
 from sevenfold.data.strict_json import (
@@ -20,9 +20,11 @@ from sevenfold.data.strict_json import (
     read_json_list,
 )
 
-SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".csv")
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".arrow", ".csv")
 COMPRESSIONS = (".gz", ".zst")
 MAX_WHOLE_BYTES = 2**30
+_ARROW_FILE = b"ARROW1"
+_ARROW_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def kind_of_file(path: Path) -> str:
@@ -59,7 +61,8 @@ def read_file(path: Path) -> Iterator[tuple[Values, str]]:
             yield from _read_csv(_without_mark(_whole(file, path)), str(path))
         else:
             inner = io.BytesIO(_whole(file, path)) if path.suffix in COMPRESSIONS else path
-            yield from _read_parquet(inner, str(path))
+            read = _read_arrow if kind == ".arrow" else _read_parquet
+            yield from read(inner, str(path))
 
 
 def _whole(file: BinaryIO, path: Path) -> bytes:
@@ -142,3 +145,35 @@ def _read_parquet(file: Path | io.BytesIO, name: str) -> Iterator[tuple[Values, 
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise BadDataError(f"{name}: not readable as Parquet ({reason}); fetch it again") from None
+
+
+def _read_arrow(file: Path | io.BytesIO, name: str) -> Iterator[tuple[Values, str]]:
+    """Yield the rows of an Arrow file in either layout; that of ``datasets`` is the stream."""
+    import pyarrow
+
+    row = 0
+    try:
+        unpacked = file.getvalue() if isinstance(file, io.BytesIO) else None
+        with pyarrow.BufferReader(unpacked) if unpacked else pyarrow.memory_map(name) as opened:
+            for batch in _arrow_batches(opened, name):
+                for values in batch.to_pylist():
+                    row += 1
+                    yield values, f"{name}:{row}"
+    except pyarrow.ArrowException as error:
+        reason = " ".join(str(error).split())
+        raise BadDataError(f"{name}: not readable as Arrow ({reason}); fetch it again") from None
+
+
+def _arrow_batches(opened: Any, name: str) -> Iterator[Any]:
+    import pyarrow
+
+    if opened.read(len(_ARROW_FILE)) == _ARROW_FILE:
+        whole = pyarrow.ipc.open_file(opened)
+        yield from (whole.get_batch(index) for index in range(whole.num_record_batches))
+        return
+    # A stream that was cut between two batches reads like one that is whole.
+    opened.seek(max(0, opened.size() - len(_ARROW_STREAM_END)))
+    if opened.read() != _ARROW_STREAM_END:
+        raise BadDataError(f"{name}: not Arrow, or cut off; fetch it again")
+    opened.seek(0)
+    yield from pyarrow.ipc.open_stream(opened)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,35 +130,58 @@ def _is_wanted(file: Path, root: Path) -> bool:
     return not hidden and plain.suffix in SUFFIXES and file.name != storage.MANIFEST
 
 
-def read_rows(source: SourceConfig) -> Iterator[Row]:
-    """Yield the source's rows in a fixed order, columns renamed.
+@dataclass
+class Position:
+    """How far a source has been read: it moves on as rows are taken, and reading begins after it.
+
+    ``hub`` is the state of ``stream``, a data set of the Hub, which then skips no rows it must
+    fetch first.
+    """
+
+    rows: int = 0
+    characters: int = 0
+    hub: dict[str, Any] | None = None
+    stream: Any = None
+
+    def state(self) -> dict[str, Any]:
+        """Return what a later process needs to go on from here, fit for JSON."""
+        hub = self.hub if self.stream is None else self.stream.state_dict()
+        return {"rows": self.rows, "characters": self.characters, "hub": hub}
+
+
+def read_rows(source: SourceConfig, position: Position | None = None) -> Iterator[Row]:
+    """Yield the source's rows in a fixed order after ``position``, columns renamed.
 
     Errors:
         UsageError: nothing is there.
         BadDataError: a file cannot be read as what it claims to be; with ``file:line``.
     """
-    rows = _hub_rows(source) if source.dataset is not None else _local_rows(source)
-    num_characters = 0
-    for index, row in enumerate(rows):
-        if index == source.max_rows:
-            return
+    position = position or Position()
+    if source.dataset is not None:
+        rows = _hub_rows(source, position)
+    else:
+        rows = itertools.islice(_local_rows(source), position.rows, None)
+    while not _is_enough(source, position) and (row := next(rows, None)) is not None:
         values = _rename(row.values, source.columns or {}, row.where)
+        position.rows += 1
+        position.characters += _count_characters(values)
         yield Row(values, row.where, row.key)
-        if source.max_characters is not None:
-            num_characters += _count_characters(values)
-            if num_characters >= source.max_characters:
-                return
 
 
-def read_documents(source: SourceConfig) -> Iterator[Values]:
-    """Yield pretraining documents: ``id``, ``text``, ``source``.
+def _is_enough(source: SourceConfig, position: Position) -> bool:
+    limits = ((source.max_rows, position.rows), (source.max_characters, position.characters))
+    return any(limit is not None and done >= limit for limit, done in limits)
+
+
+def read_documents(source: SourceConfig, position: Position | None = None) -> Iterator[Values]:
+    """Yield pretraining documents after ``position``: ``id``, ``text``, ``source``.
 
     A ``.txt`` file is one document; of every other kind each row is one, its text in ``text``.
 
     Errors:
         BadDataError: a row has no ``text``, or it is not a string.
     """
-    for row in read_rows(source):
+    for row in read_rows(source, position):
         text = row.values.get("text")
         if "text" not in row.values:
             raise BadDataError(
@@ -258,28 +283,30 @@ def _saved_rows(folder: Path, split: str | None) -> Iterator[Row]:
         yield Row(values, f"{folder}:{number}", str(number))
 
 
-def _hub_rows(source: SourceConfig) -> Iterator[Row]:
+def _hub_rows(source: SourceConfig, position: Position) -> Iterator[Row]:
     import datasets
 
     try:
-        stream = iter(
-            datasets.load_dataset(
-                source.dataset,
-                source.subset,
-                split=source.split,
-                revision=source.revision,
-                streaming=True,
-            )
+        stream = datasets.load_dataset(
+            source.dataset,
+            source.subset,
+            split=source.split,
+            revision=source.revision,
+            streaming=True,
         )
-        number = 0
-        while (values := next(stream, None)) is not None:
+        if position.hub is not None:
+            stream.load_state_dict(position.hub)
+        position.stream = stream
+        number, rows = position.rows, iter(stream)
+        while (values := next(rows, None)) is not None:
             number += 1
             yield Row(values, f"{source.dataset}:{number}", f"{source.split}:{number}")
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(
             f"{source.dataset}: could not be read from the Hub ({reason}); check dataset, subset, "
-            "split, revision and the network, and set HF_TOKEN for gated sets"
+            "split, revision and the network, and set HF_TOKEN for gated sets; then run the same "
+            "command again, which goes on where this one stopped"
         ) from error
 
 

@@ -68,7 +68,7 @@ def settings(recipe: Recipe, name: str) -> dict[str, Any]:
     """Return what the recipe says about making a prepared folder, as its manifest keeps it."""
     data = recipe.data
     if name == "raw":
-        found: Any = {"sources": data.sources, "village": data.village}
+        found: Any = {"sources": data.sources, "mixture": data.mixture, "village": data.village}
     elif name == "clean":
         found = {"clean": recipe.clean, "validation_fraction": data.validation_fraction}
     else:

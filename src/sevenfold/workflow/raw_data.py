@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sevenfold.base import storage
 from sevenfold.base.config import fingerprint
+from sevenfold.base.console import print_line
 from sevenfold.base.errors import BadDataError
 from sevenfold.base.records import Run
+from sevenfold.base.unfinished import UnfinishedFolder
 from sevenfold.data import sources
 from sevenfold.data.clean import SPLITS, DocumentWriter
+from sevenfold.data.mixture import DocumentMixture
 from sevenfold.data.sources import SourceConfig
 from sevenfold.data.village import Village
 from sevenfold.workflow.prepared import is_current, say, settings
 from sevenfold.workflow.recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 VILLAGE_LICENCE = "generated"
 
 
 def download(run: Run, recipe: Recipe) -> None:
     """Write ``data/raw``: the documents of the recipe's sources, or of the village.
+
+    Whole shards that a stopped process has written are kept, and the next one goes on after them.
 
     Errors:
         UsageError: a source is not there, is given twice, or states no licence.
@@ -33,15 +41,62 @@ def download(run: Run, recipe: Recipe) -> None:
     sources.require_licences(chosen, "data.sources")
     config = settings(recipe, "raw")
     inputs = {source.location: source_fingerprint(source) for source in chosen}
-    if is_current(run.data("raw"), inputs, config):
+    target = run.data("raw")
+    if is_current(target, inputs, config):
+        UnfinishedFolder(target, "").remove()
         return
-    with storage.new_folder(run.data("raw"), kind="raw", inputs=inputs, config=config) as folder:
-        if village is None:
-            facts = _write_documents(folder, chosen)
-        else:
+    if village is None:
+        facts = _gather(target, recipe, inputs, config)
+    else:
+        with storage.new_folder(target, kind="raw", inputs=inputs, config=config) as folder:
             facts = _write_village(folder, Village(village))
+            storage.manifest_facts(folder, **facts)
+    say(target, f"{facts['documents']:,} documents")
+
+
+def _gather(
+    target: Path, recipe: Recipe, inputs: dict[str, str], config: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the sources' documents shard by shard, and make the folder of them at the end."""
+    unfinished = UnfinishedFolder(target, fingerprint([inputs, config]))
+    with unfinished.working():
+        drawn = DocumentMixture(recipe.data.sources, recipe.data.mixture, unfinished.state)
+        if unfinished.files:
+            print_line(f"{target}: going on after {drawn.num_documents:,} documents")
+
+        def note(shard: str) -> None:
+            unfinished.finished(shard, drawn.state())
+
+        first = len(unfinished.files)
+        with DocumentWriter(
+            unfinished.folder, "documents", first_shard=first, when_full=note
+        ) as writer:
+            for document in drawn:
+                writer.write(document)
+        if not drawn.num_documents:
+            named = ", ".join(source.location for source in recipe.data.sources)
+            raise BadDataError(f"{named}: not one document; give files that hold text")
+        for path in sorted(unfinished.folder.glob("documents-*"))[len(unfinished.files) :]:
+            note(path.name)
+    facts: dict[str, Any] = {"documents": drawn.num_documents, "sources": drawn.facts()}
+    _warn_of_short_sources(facts["sources"])
+    with storage.new_folder(target, kind="raw", inputs=inputs, config=config) as folder:
+        unfinished.hand_over(folder)
         storage.manifest_facts(folder, **facts)
-    say(run.data("raw"), f"{facts['documents']:,} documents")
+    unfinished.remove()
+    return facts
+
+
+def _warn_of_short_sources(listed: Sequence[dict[str, Any]]) -> None:
+    for source in listed:
+        wanted = source.get("wanted_characters", 0)
+        if source["characters"] < wanted:
+            log.warning(
+                "%s ended after %s of the %s characters that data.mixture wants of it",
+                source["name"],
+                f"{source['characters']:,}",
+                f"{wanted:,}",
+            )
 
 
 def source_fingerprint(source: SourceConfig) -> str:
@@ -55,31 +110,6 @@ def source_fingerprint(source: SourceConfig) -> str:
     root, files = sources.list_files(source)
     files = files or sorted(path for path in root.rglob("*") if path.is_file())
     return fingerprint({p.relative_to(root).as_posix(): storage.sha256_file(p) for p in files})
-
-
-def _write_documents(folder: Path, chosen: Sequence[SourceConfig]) -> dict[str, Any]:
-    facts: list[dict[str, Any]] = []
-    with DocumentWriter(folder, "documents") as writer:
-        for source in chosen:
-            num_documents = num_characters = 0
-            for document in sources.read_documents(source):
-                writer.write(document)
-                num_documents += 1
-                num_characters += len(document["text"])
-            facts.append(
-                {
-                    "name": source.name,
-                    "location": source.location,
-                    "licence": source.licence,
-                    "documents": num_documents,
-                    "characters": num_characters,
-                }
-            )
-    num_documents = sum(source["documents"] for source in facts)
-    if num_documents == 0:
-        named = ", ".join(source.location for source in chosen)
-        raise BadDataError(f"{named}: not one document; give files that hold text")
-    return {"documents": num_documents, "sources": facts}
 
 
 def _write_village(folder: Path, village: Village) -> dict[str, Any]:

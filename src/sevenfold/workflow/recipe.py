@@ -25,6 +25,7 @@ from sevenfold.base.records import Run, open_run, write_run
 from sevenfold.data.chat import ChatDataConfig, PreferenceDataConfig
 from sevenfold.data.clean import CleanConfig
 from sevenfold.data.decontamination import DecontaminationConfig
+from sevenfold.data.mixture import MixtureConfig
 from sevenfold.data.shards import PackConfig
 from sevenfold.data.sources import SourceConfig
 from sevenfold.data.tokenizer import TokenizerConfig
@@ -48,10 +49,12 @@ GATES_FILE = "promotion_gates.yaml"
 class DataConfig:
     """Where the texts come from: ``sources``, or the embedded village.
 
+    ``mixture`` says how much of each source; null takes all of all of them, in their order.
     ``validation_fraction`` of the documents is held out, unless a source says which.
     """
 
     sources: tuple[SourceConfig, ...]
+    mixture: MixtureConfig | None
     validation_fraction: Annotated[float, Field(ge=0, lt=1)]
     village: VillageConfig | None = None
 
@@ -59,6 +62,13 @@ class DataConfig:
         """Check that there is one kind of source."""
         if bool(self.sources) == (self.village is not None):
             raise ValueError("give either sources, or village with sources: []")
+        names = sorted(source.name for source in self.sources)
+        if self.mixture is not None and sorted(self.mixture.weights) != names:
+            raise ValueError(
+                f"mixture.weights names {', '.join(sorted(self.mixture.weights)) or 'nothing'}, "
+                f"the sources are {', '.join(names) or 'none'}; give each a weight and a name of "
+                "its own"
+            )
 
 
 @configuration

@@ -260,7 +260,7 @@ def source_overrides(sections: Sequence[str], sources: Sequence[Path]) -> list[s
     values = json.dumps(to_plain(configs))
     changes = [f"{section}.sources={values}" for section in sections]
     if sections == ["data"]:
-        return [*changes, "data.village=null"]
+        return [*changes, "data.village=null", "data.mixture=null"]
     return [*changes, *(f"{section}.weights=null" for section in sections)]
 
 

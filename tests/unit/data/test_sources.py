@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import shutil
 import tracemalloc
 from collections.abc import Callable
@@ -11,9 +12,10 @@ from typing import Any
 import pytest
 import zstandard
 
-from sevenfold.base.config import build
+from sevenfold.base.config import build, read_yaml
 from sevenfold.base.errors import BadDataError, UsageError
 from sevenfold.data import row_files
+from sevenfold.data.pairs import read_pair
 from sevenfold.data.rows import read_examples
 from sevenfold.data.sources import (
     SourceConfig,
@@ -45,6 +47,22 @@ def write_parquet(path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
 
 
+def write_arrow(path: Path) -> None:
+    import pyarrow
+
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as file:
+        file.write_table(table, max_chunksize=2)
+
+
+def write_arrow_stream(path: Path) -> None:
+    import pyarrow
+
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as s:
+        s.write_table(table, max_chunksize=2)
+
+
 def write_csv(path: Path) -> None:
     lines = "".join(f'{n},"{row["text"]}"\n' for n, row in enumerate(ROWS))
     path.write_text("n,text\n" + lines, encoding="utf-8")
@@ -54,6 +72,8 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     ".jsonl": lambda path: path.write_bytes(LINES),
     ".json": lambda path: path.write_text(json.dumps(ROWS, indent=1), encoding="utf-8"),
     ".parquet": write_parquet,
+    ".arrow": write_arrow,
+    "-stream.arrow": write_arrow_stream,
     ".csv": write_csv,
 }
 
@@ -276,6 +296,17 @@ def test_a_packed_file_that_grows_beyond_bounds_is_refused(
         texts(path)
 
 
+@pytest.mark.parametrize("write", [write_arrow, write_arrow_stream])
+def test_an_arrow_file_cut_anywhere_is_named(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    path = tmp_path / "rows.arrow"
+    write(path)
+    whole = path.read_bytes()
+    for length in (*range(0, len(whole) - 1, 97), len(whole) - 8, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(BadDataError, match=r"rows\.arrow: not .*fetch it again"):
+            texts(path)
+
+
 def test_a_damaged_table_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     write_parquet(path)
@@ -338,3 +369,77 @@ class TestRealFiles:
         books = texts(SHARED / "pretrain" / "books")
         assert len(books) == 20
         assert sum(map(len, books)) > 45_000_000
+
+
+# ---- the sets that the recipes name, by their published columns ----------------------------------
+
+WEB = {"id": "<urn:uuid:1>", "dump": "CC-MAIN-2024-10", "url": "https://a.example", "score": 3.1}
+WEB |= {"file_path": "s3://a", "language": "en", "language_score": 0.9, "token_count": 4}
+CODE = {"id": "a1", "source": "stackv2", "added": "2024-11-20", "created": "2020-01-01"}
+CODE |= {"metadata": {"license": "MIT", "path": "/a.py", "detected_licenses": ["MIT"]}}
+MATHS = {"url": "https://a.example", "fetch_time": 1, "content_mime_type": "text/html"}
+MATHS |= {"warc_filename": "crawl-data/a", "warc_record_offset": 1, "warc_record_length": 2}
+MATHS |= {"token_count": 4, "char_count": 9, "metadata": "{}", "score": 4.2, "int_score": 4}
+MATHS |= {"crawl": "CC-MAIN-2024-10", "snapshot_type": "latest", "language": "en"}
+ANSWERED = [{"content": "Why?", "role": "user"}, {"content": "So.", "role": "assistant"}]
+OTHER = [ANSWERED[0], {"content": "Nobody knows.", "role": "assistant"}]
+PAIR = {"prompt": "Why?", "prompt_id": "p", "chosen": ANSWERED, "rejected": OTHER}
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "HuggingFaceFW/fineweb-edu": ("parquet", {"text": "Words.", **WEB, "int_score": 3}),
+    "common-pile/stackv2_edu_filtered": ("json.gz", {"text": "print(1)", **CODE}),
+    "HuggingFaceTB/finemath": ("parquet", {"text": "1 + 1 = 2", **MATHS}),
+    "HuggingFaceH4/ultrachat_200k": (
+        "parquet",
+        {"prompt": "Why?", "prompt_id": "p", "messages": ANSWERED},
+    ),
+    "HuggingFaceH4/ultrafeedback_binarized": (
+        "parquet",
+        {**PAIR, "messages": ANSWERED, "score_chosen": 8.0, "score_rejected": 5.5},
+    ),
+}
+
+
+def named_sources() -> list[tuple[str, str, dict[str, Any]]]:
+    """Return every Hub source of the recipes, with the section that names it."""
+    found = []
+    for preset in ("7b", "small"):
+        values = read_yaml(Path(__file__).parents[3] / "configs" / f"{preset}.yaml")
+        sections = {"data": values["data"]}
+        sections |= {stage: values[stage]["data"] for stage in ("sft", "dpo", "lora")}
+        for section, data in sections.items():
+            found += [(f"{preset}.{section}", section, source) for source in data["sources"]]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [pytest.param(s, v, id=f"{name}.{v['name']}") for name, s, v in named_sources()],
+)
+def test_the_recipes_sets_are_read_in_their_published_form(
+    tmp_path: Path, section: str, values: dict[str, Any]
+) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    suffix, row = PUBLISHED[values["dataset"]]
+    path = tmp_path / f"{values['split']}-00000-of-00001.{suffix}"
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row] * 3), path)
+    else:
+        path.write_bytes(gzip.compress((json.dumps(row) + "\n").encode() * 3))
+    # Where splits are named otherwise than their files, the set's card says so.
+    files = f"- split: {values['split']}\n    path: {path.name}\n"
+    card = f"---\nconfigs:\n- config_name: default\n  data_files:\n  {files}---\n"
+    (tmp_path / "README.md").write_text(card)
+    assert re.fullmatch("[0-9a-f]{40}", values["revision"])
+    local = build(SourceConfig, {**values, "dataset": str(tmp_path), "subset": None})
+    rows = list(read_rows(local))
+    assert len(rows) == 3
+    if section == "data":
+        assert [d["text"] for d in read_documents(local)] == [row["text"]] * 3
+    elif section == "dpo":
+        pair = read_pair(rows[0].values, rows[0].where, "s")
+        assert (pair.chosen, pair.rejected) == ("So.", "Nobody knows.")
+    else:
+        [example] = read_examples(rows[0].values, rows[0].where, "s")
+        assert [message["content"] for message in example.messages] == ["Why?", "So."]

@@ -130,6 +130,7 @@ FILLING = re.compile(
 MAY_WRITE = {
     ("base/disk.py", "*"): "what base/storage.py writes with",
     ("base/storage.py", "*"): "where everybody writes",
+    ("base/unfinished.py", "*"): "keeps what a stopped step has finished, file by file",
     ("base/console.py", "os.open"): "opens the null device, for output that nobody reads",
     ("data/clean.py", "zstandard.open"): "fills a folder that its caller has from new_folder",
     ("data/saved_rows.py", "pyarrow.OSFile"): "fills a folder that its caller has from new_folder",

@@ -52,7 +52,8 @@ TASKS = (
 
 def make_recipe(**data: Any) -> Any:
     """Return the parts of a recipe that preparation reads."""
-    sources = {"sources": (), "validation_fraction": 0.05, "village": VILLAGE} | data
+    sources = {"sources": (), "validation_fraction": 0.05, "village": VILLAGE}
+    sources |= {"mixture": None, **data}
     rows = {"sources": (), "max_length": 64, "validation_fraction": 0.1}
     return SimpleNamespace(
         data=SimpleNamespace(**sources),

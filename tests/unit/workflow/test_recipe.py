@@ -88,6 +88,10 @@ def test_an_architecture_beside_the_recipe_is_found_first(place: Path) -> None:
         ),
         ({"overrides": ["kernels={liger: true, cce: true}"]}, "liger and cce are mutually exclu"),
         ({"overrides": ["data.village=null"]}, "give either sources, or village with sources"),
+        (
+            {"overrides": ["data.mixture={weights: {web: 1}, characters: 9}"]},
+            "mixture.weights names web, the sources are none; give each a weight and a name",
+        ),
         ({"config_file": Path("none.yaml")}, r"none\.yaml: no such file"),
     ],
 )
