@@ -29,11 +29,13 @@ _BATCH_ROWS = 1000
 
 @dataclass
 class RowCounts:
-    """What was read, kept, dropped and rejected."""
+    """What was read, kept, dropped (by source, and why) and rejected."""
 
     max_bad_rows: int
     rows_read: Counter[str] = field(default_factory=Counter)
-    dropped: Counter[str] = field(default_factory=Counter)
+    rows: Counter[str] = field(default_factory=Counter)
+    tokens: Counter[str] = field(default_factory=Counter)
+    dropped_of: dict[str, Counter[str]] = field(default_factory=dict)
     truncated: int = 0
     placeholders: int = 0
     first_placeholder: str = ""
@@ -49,6 +51,27 @@ class RowCounts:
                 f"{self.max_bad_rows})"
             )
         self.rejected.append({"where": where, "reason": str(error)})
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """Rows dropped of all sources, by reason."""
+        return sum(self.dropped_of.values(), Counter[str]())
+
+    def drop(self, source: str, reason: str) -> None:
+        """Count a row that is left out."""
+        self.dropped_of.setdefault(source, Counter())[reason] += 1
+
+    def by_source(self) -> dict[str, dict[str, Any]]:
+        """Return the counts of each source for a manifest."""
+        return {
+            name: {
+                "rows_read": read,
+                "rows": self.rows[name],
+                "tokens": self.tokens[name],
+                "dropped": dict(self.dropped_of.get(name, {})),
+            }
+            for name, read in self.rows_read.items()
+        }
 
     def note_placeholders(self, text: str, where: str) -> None:
         """Count placeholders that nobody filled in."""
@@ -103,14 +126,14 @@ def write_rows(
     """
     fractions: list[float] = []
     weights: list[float] = []
-    num_tokens = 0
 
     def spooled() -> Iterator[dict[str, Any]]:
-        nonlocal num_tokens
         for row in rows:
             fractions.append(fraction_of(row.key))
             weights.append(row.weight)
-            num_tokens += sum(len(v) for v in row.columns.values() if not isinstance(v, str))
+            length = sum(len(v) for v in row.columns.values() if not isinstance(v, str))
+            counts.rows[row.columns["source"]] += 1
+            counts.tokens[row.columns["source"]] += length
             yield row.columns
 
     with tempfile.TemporaryDirectory(dir=folder) as spool_folder:
@@ -123,8 +146,8 @@ def write_rows(
     if counts.rejected:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in counts.rejected]
         storage.write_text(folder / REJECTED_FILE, "".join(lines))
-    kept = {"rows": len(train), "validation_rows": len(held_out), "tokens": num_tokens}
-    return kept | {"counts": counts.facts()}
+    kept = {"rows": len(train), "validation_rows": len(held_out), "tokens": counts.tokens.total()}
+    return kept | {"counts": counts.facts(), "by_source": counts.by_source()}
 
 
 def _spool(path: Path, rows: Iterator[dict[str, Any]], columns: dict[str, str]) -> None:

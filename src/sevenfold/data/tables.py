@@ -145,7 +145,7 @@ def _conversations(
             made = []
             for example in read_examples(row.values, row.where, source.name):
                 if reason := search.reason(source, _texts(example)):
-                    counts.dropped[reason] += 1
+                    counts.drop(source.name, reason)
                 else:
                     made += _conversation(tokenizer, example, config.max_length, weight, counts)
             return made
@@ -168,7 +168,7 @@ def _conversation(
     counts.truncated += len(ids) > max_length
     ids, mask = ids[:max_length], mask[:max_length]
     if not any(mask[1:]):
-        counts.dropped["no_answer_within_max_length"] += 1
+        counts.drop(example.source, "no_answer_within_max_length")
         return []
     columns = {"input_ids": ids, "loss_mask": mask, "source": example.source}
     return [TokenRow(columns, key, weight)]
@@ -202,7 +202,7 @@ def _preferences(
             pair = read_pair(row.values, row.where, source.name, single=single)
             texts = (*(m["content"] for m in pair.prompt), pair.chosen, pair.rejected or "")
             if reason := search.reason(source, texts):
-                counts.dropped[reason] += 1
+                counts.drop(source.name, reason)
                 return []
             return _pair(tokenizer, pair, config.max_length, weight, counts)
 
@@ -213,7 +213,7 @@ def _preferences(
             made = []
             for example in read_examples(row.values, row.where, source.name):
                 if reason := search.reason(source, _texts(example)):
-                    counts.dropped[reason] += 1
+                    counts.drop(source.name, reason)
                 else:
                     made += _replayed(tokenizer, example, config.max_length, counts)
             return made
@@ -233,10 +233,10 @@ def _pair(
     room = _room(max_length, len(prompt), len(chosen), len(rejected))
     counts.truncated += max(len(chosen), len(rejected)) > room
     if room < 1:
-        counts.dropped["no_answer_within_max_length"] += 1
+        counts.drop(pair.source, "no_answer_within_max_length")
         return []
     if chosen[:room] == rejected[:room]:
-        counts.dropped["equal_within_max_length"] += 1
+        counts.drop(pair.source, "equal_within_max_length")
         return []
     columns = {
         "prompt_ids": prompt,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from sevenfold.base.records import Run
@@ -102,6 +102,134 @@ def prepared(run: Run) -> list[Prepared]:
             )
         )
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceCounts:
+    """What one step did with one source; ``kept`` is documents or rows, held-out ones included."""
+
+    name: str
+    used_as: str
+    read: float | None
+    kept: float | None
+    tokens: float | None
+    duplicates: float
+    dropped: dict[str, float]
+    personal: dict[str, float]
+
+
+def by_source(run: Run) -> list[SourceCounts]:
+    """Return what cleaning and the preparation of rows counted of each source."""
+    packed = read_manifest_if_there(run.data("packed")) or {}
+    tokens = _mapping(packed.get("tokens_by_source"))
+    found = []
+    for folder in ("clean", "sft", "dpo", "lora"):
+        manifest = read_manifest_if_there(run.data(folder)) or {}
+        for name, facts in _mapping(manifest.get("by_source")).items():
+            counts = dict(_mapping(facts))
+            if folder == "clean":
+                counts["tokens"] = _total(tokens.get(name))
+            found.append(_source_counts(str(name), DATA_FOLDERS[folder], counts))
+    return found
+
+
+def _source_counts(name: str, label: str, facts: Mapping[str, Any]) -> SourceCounts:
+    dropped = _numbers(facts.get("dropped"))
+    repeated = {reason: n for reason, n in dropped.items() if "duplicate" in reason}
+    read = next((facts[key] for key in ("documents_read", "rows_read") if key in facts), None)
+    kept = next((facts[key] for key in ("documents", "rows") if key in facts), None)
+    return SourceCounts(
+        name=name,
+        used_as=label,
+        read=finite(read),
+        kept=_total(kept),
+        tokens=finite(facts.get("tokens")),
+        duplicates=sum(repeated.values()),
+        dropped={reason: n for reason, n in dropped.items() if reason not in repeated},
+        personal=_numbers(facts.get("pii")),
+    )
+
+
+def _numbers(value: Any) -> dict[str, float]:
+    found = {str(key): finite(number) for key, number in _mapping(value).items()}
+    return {key: number for key, number in found.items() if number}
+
+
+def _total(value: Any) -> float | None:
+    """Return a number, or the sum of one a split."""
+    return sum(_numbers(value).values()) if isinstance(value, Mapping) else finite(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """How a folder was searched for the evaluation's items; ``index`` is empty where it was not.
+
+    ``generated`` names sources that hold none by construction and were not searched.
+    """
+
+    label: str
+    index: str
+    ngram: float | None
+    tasks: list[str]
+    removed: dict[str, float]
+    generated: list[str]
+
+
+def searches(run: Run) -> list[Search]:
+    """Return how what is trained on was searched; a folder that says nothing has no index."""
+    found = []
+    for folder in ("clean", "sft", "dpo", "lora"):
+        manifest = read_manifest_if_there(run.data(folder))
+        if manifest is None:
+            continue
+        facts = _mapping(manifest.get("decontaminated"))
+        generated = facts.get("held_out_by_generator")
+        found.append(
+            Search(
+                label=DATA_FOLDERS[folder],
+                index=str(facts.get("index", "")),
+                ngram=finite(facts.get("ngram")),
+                tasks=sorted(map(str, _mapping(facts.get("tasks")))),
+                removed=_numbers(facts.get("removed")),
+                generated=[str(name) for name in generated] if isinstance(generated, list) else [],
+            )
+        )
+    return found
+
+
+def card(run: Run) -> dict[str, Any]:
+    """Return all that the run's manifests say about its data, as ``data_card.json`` holds it.
+
+    ``licence`` is null where it is not known; ``identity`` is what names a source's bytes: their
+    SHA-256, or on the Hub data set, subset, split and revision.
+    """
+    identities: dict[str, str] = {}
+    folders = {}
+    for folder in DATA_FOLDERS:
+        manifest = read_manifest_if_there(run.data(folder))
+        if manifest is None:
+            continue
+        identities |= {str(k): str(v) for k, v in _mapping(manifest.get("inputs")).items()}
+        folders[folder] = {key: manifest.get(key) for key in ("fingerprint", "config", "files")}
+    named = [
+        {**asdict(s), "licence": s.licence or None, "identity": _identity(s, identities)}
+        for s in sources(run)
+    ]
+    return {
+        "sources": named,
+        "by_source": [asdict(counts) for counts in by_source(run)],
+        "prepared": [asdict(folder) for folder in prepared(run)],
+        "decontamination": [asdict(search) for search in searches(run)],
+        "folders": folders,
+    }
+
+
+def _identity(source: DataSource, identities: Mapping[str, str]) -> str | None:
+    """Return what identifies a source's bytes; its location was an input, in full or shortened."""
+    for location, identity in identities.items():
+        if location == source.location or location.endswith(f"/{source.location or source.name}"):
+            return identity
+    return None
 
 
 def _amount(facts: Mapping[str, Any], name: str) -> tuple[float, float | None] | None:

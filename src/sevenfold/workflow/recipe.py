@@ -296,7 +296,7 @@ def save(run: Run) -> Run:
 
 def made_files(run: Run) -> dict[Path, int]:
     """Return the files that steps of a run made, with the time each was written."""
-    about = (run.folder / "run.json", run.folder / "report.html")
+    about = [run.folder / name for name in ("run.json", "report.html", "data_card.json")]
     return {
         path: path.stat().st_mtime_ns
         for path in run.folder.rglob("*")

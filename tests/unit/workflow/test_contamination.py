@@ -98,6 +98,10 @@ def test_planted_items_are_removed_from_texts_rows_and_pairs(run: Run, recipe: A
         assert found["ngram"] == 13
         assert found["tasks"]["teapots"]["items"] == 1
         assert manifest["inputs"][contamination.INPUT] == found["index"]
+    rows = storage.read_manifest(run.data("sft"))
+    counted = rows["by_source"]["rows"]
+    assert (counted["rows_read"], counted["rows"], counted["tokens"]) == (31, 30, rows["tokens"])
+    assert counted["dropped"] == {"contaminated_by_teapots": 1}
     for name in ("sft", "dpo"):
         facts = storage.read_manifest(run.data(name))
         assert facts["counts"]["dropped"] == {"contaminated_by_teapots": 1}
