@@ -13,6 +13,7 @@ In reading order:
 - ``tokenizer``: training a byte-level BPE, or taking over an existing tokenizer
 - ``template_sandbox``: chat templates from outside, rendered where they can do no harm
 - ``chat``: conversations to token ids and loss masks
+- ``row_rules``: which rows and pairs are left out
 - ``tables``: tokenised conversations and preference pairs as Hugging Face data sets
 - ``saved_rows``: rows counted, split and saved
 - ``token_rows``: numbered rows of the ids in files that are watched meanwhile

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from sevenfold.base.config import configuration
 from sevenfold.base.errors import BadDataError, UsageError
+from sevenfold.data.row_rules import RowRulesConfig
 from sevenfold.data.sources import SourceConfig
 from sevenfold.data.template_sandbox import (
     TemplateForbiddenError,
@@ -38,6 +39,7 @@ class ChatDataConfig:
     takes every row twice and half of them a third time. ``max_length`` bounds the tokens of what
     stands in one row: a conversation, or a pair with its prompt twice and both answers. At most
     ``max_bad_rows`` rows are left out and listed; with 0 the first one stops the preparation.
+    ``rules`` say which good rows are left out; null: none.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -45,6 +47,7 @@ class ChatDataConfig:
     max_length: Annotated[int, Field(ge=8)]
     validation_fraction: Annotated[float, Field(ge=0, lt=1)]
     max_bad_rows: Annotated[int, Field(ge=0)] = 0
+    rules: RowRulesConfig | None = None
 
     def __post_init__(self) -> None:
         """Check that there is a weight for each source."""

@@ -18,6 +18,7 @@ from sevenfold.data.chat import (
 )
 from sevenfold.data.decontamination import ItemIndex
 from sevenfold.data.pairs import Pair, read_pair
+from sevenfold.data.row_rules import RowRules
 from sevenfold.data.rows import Example, Message, read_examples
 from sevenfold.data.saved_rows import RowCounts, TokenRow, write_rows
 from sevenfold.data.sources import Row, SourceConfig, read_rows
@@ -52,7 +53,7 @@ def write_conversations(
         BadDataError: a bad row too many, or no row left to train on.
     """
     counts = RowCounts(config.max_bad_rows)
-    search = _Search(items, generated)
+    search = _Search(items, generated, RowRules(config.rules))
     rows = _conversations(tokenizer, config, counts, search)
     return write_rows(folder, rows, SFT_COLUMNS, config.validation_fraction, counts) | {
         "sources": _sources(config.sources, counts)
@@ -79,7 +80,7 @@ def write_preferences(
         BadDataError: a bad row too many, or no pair left to train on.
     """
     counts = RowCounts(config.max_bad_rows)
-    search = _Search(items, generated)
+    search = _Search(items, generated, RowRules(config.rules))
     rows = _preferences(tokenizer, config, counts, search, single=single)
     facts = write_rows(folder, rows, DPO_COLUMNS, config.validation_fraction, counts)
     return facts | {"sources": _sources((*config.sources, *config.replay), counts)}
@@ -99,13 +100,30 @@ def _sources(sources: Sequence[SourceConfig], counts: RowCounts) -> list[dict[st
 
 @dataclass(frozen=True)
 class _Search:
-    """Looks for the evaluation's items in the rows of every source but the generated ones."""
+    """Says which rows are left out: for an item of the evaluation, or by the rules.
+
+    Rows of the generated sources hold no items.
+    """
 
     items: ItemIndex | None
     generated: Sequence[SourceConfig]
+    rules: RowRules
 
-    def reason(self, source: SourceConfig, texts: Iterable[str]) -> str | None:
-        """Return why a row of these texts is left out, or None."""
+    def example(self, source: SourceConfig, example: Example) -> str | None:
+        """Return why an example is left out, or None."""
+        asked = _question(example.messages) if example.messages else ""
+        answers = [m["content"] for m in example.messages if m["role"] == "assistant"]
+        rule = self.rules.reason(asked or example.text, answers or [example.text])
+        return self._item(source, _texts(example)) or rule
+
+    def pair(self, source: SourceConfig, pair: Pair) -> str | None:
+        """Return why a preference pair is left out, or None."""
+        asked = [message["content"] for message in pair.prompt]
+        answers = [pair.chosen, *([] if pair.rejected is None else [pair.rejected])]
+        rule = self.rules.reason("\n".join(asked), answers)
+        return self._item(source, [*asked, *answers]) or rule
+
+    def _item(self, source: SourceConfig, texts: Iterable[str]) -> str | None:
         if self.items is None or source in self.generated:
             return None
         return self.items.reason(texts)
@@ -144,7 +162,7 @@ def _conversations(
         ) -> list[TokenRow]:
             made = []
             for example in read_examples(row.values, row.where, source.name):
-                if reason := search.reason(source, _texts(example)):
+                if reason := search.example(source, example):
                     counts.drop(source.name, reason)
                 else:
                     made += _conversation(tokenizer, example, config.max_length, weight, counts)
@@ -199,9 +217,11 @@ def _preferences(
         def convert(
             row: Row, source: SourceConfig = source, weight: float = weight
         ) -> list[TokenRow]:
+            if reason := search.rules.pair_reason(row.values):
+                counts.drop(source.name, reason)
+                return []
             pair = read_pair(row.values, row.where, source.name, single=single)
-            texts = (*(m["content"] for m in pair.prompt), pair.chosen, pair.rejected or "")
-            if reason := search.reason(source, texts):
+            if reason := search.pair(source, pair):
                 counts.drop(source.name, reason)
                 return []
             return _pair(tokenizer, pair, config.max_length, weight, counts)
@@ -212,7 +232,7 @@ def _preferences(
         def convert_replay(row: Row, source: SourceConfig = source) -> list[TokenRow]:
             made = []
             for example in read_examples(row.values, row.where, source.name):
-                if reason := search.reason(source, _texts(example)):
+                if reason := search.example(source, example):
                     counts.drop(source.name, reason)
                 else:
                     made += _replayed(tokenizer, example, config.max_length, counts)
