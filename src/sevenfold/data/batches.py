@@ -120,10 +120,15 @@ class TokenTable(Protocol):
 class PackedText:
     """Pretraining rows; with a ``bos_id``, documents cannot see each other."""
 
-    def __init__(self, table: TokenTable, *, bos_id: int | None):
-        """Read rows from ``table``; documents start at ``bos_id``, None for plain causal rows."""
+    def __init__(self, table: TokenTable, *, bos_id: int | None, pad_id: int | None = None):
+        """Read rows from ``table``.
+
+        Documents start at ``bos_id``, None for plain causal rows; ``pad_id`` fills the ends of
+        rows and is never predicted, None where rows are full.
+        """
         self.table = table
         self.bos_id = bos_id
+        self.pad_id = pad_id
 
     @property
     def num_rows(self) -> int:
@@ -140,7 +145,9 @@ class PackedText:
         ids = self.table.rows(indices).reshape(-1, length)
         targets = np.full_like(ids, NO_TARGET)
         targets[:, :-1] = ids[:, 1:]
-        positions = np.broadcast_to(np.arange(length), ids.shape)
+        if self.pad_id is not None:
+            targets[targets == self.pad_id] = NO_TARGET
+        positions = np.tile(np.arange(length), (len(ids), 1))
         documents = None
         if self.bos_id is not None:
             starts = ids == self.bos_id
@@ -150,7 +157,7 @@ class PackedText:
         return Batch(
             inputs_bt=torch.from_numpy(ids),
             targets_bt=torch.from_numpy(targets),
-            positions_bt=torch.from_numpy(np.ascontiguousarray(positions)),
+            positions_bt=torch.from_numpy(positions),
             documents_bt=None if documents is None else torch.from_numpy(documents),
         )
 

@@ -289,6 +289,11 @@ class DocumentWriter:
 def read_shards(folder: Path, prefix: str) -> Iterator[Document]:
     """Yield the documents that a :class:`DocumentWriter` wrote, in order."""
     for path in sorted(folder.glob(f"{prefix}-*.jsonl.zst")):
-        with open_compressed(path) as file:
-            for line in file:
-                yield json.loads(line)
+        yield from read_documents(path)
+
+
+def read_documents(path: Path) -> Iterator[Document]:
+    """Yield the documents of one of the files that a :class:`DocumentWriter` wrote, in order."""
+    with open_compressed(path) as file:
+        for line in file:
+            yield json.loads(line)

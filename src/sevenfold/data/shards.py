@@ -10,7 +10,7 @@ import logging
 import struct
 import tokenize
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from sevenfold.base import storage
+from sevenfold.base import storage, workers
 from sevenfold.base.config import configuration, fingerprint
 from sevenfold.base.errors import BadDataError, UsageError
 from sevenfold.data.sources import is_saved_dataset, load_saved_dataset
@@ -36,74 +36,30 @@ _CHUNK_TOKENS = 2**22
 
 @configuration
 class PackConfig:
-    """Rows of ``row_length`` tokens; uint16 takes a quarter of int64's disk."""
+    """Rows of ``row_length`` tokens; uint16 takes a quarter of int64's disk.
+
+    ``strategy``: ``concatenate`` puts documents one after the other and cuts where a row is full;
+    ``best_fit`` cuts only documents longer than a row, and pads what stays empty.
+    """
 
     row_length: Annotated[int, Field(ge=2)]
     dtype: Literal["int64", "uint16"]
-
-
-class RowWriter:
-    """Concatenates documents, cuts them into rows, writes full shards as they come."""
-
-    def __init__(self, folder: Path, prefix: str, config: PackConfig) -> None:
-        """Write ``<prefix>-00000.npy``, ... into ``folder``."""
-        self.folder = folder
-        self.prefix = prefix
-        self.config = config
-        rows = max(1, SHARD_TOKENS // config.row_length)
-        self._buffer = np.empty(rows * config.row_length, dtype=config.dtype)
-        self._filled = 0
-        self._num_shards = 0
-        self.num_rows = 0
-        self.num_tokens = 0
-
-    def add(self, ids: Sequence[int]) -> None:
-        """Append one document's ids.
-
-        Errors:
-            UsageError: an id does not fit into the configured type.
-        """
-        if max(ids) > np.iinfo(self.config.dtype).max:
-            raise UsageError(
-                f"pack.dtype: id {max(ids)} does not fit into {self.config.dtype}; set "
-                "pack.dtype to int64"
-            )
-        self.num_tokens += len(ids)
-        done = 0
-        while done < len(ids):
-            taken = min(len(ids) - done, len(self._buffer) - self._filled)
-            self._buffer[self._filled : self._filled + taken] = ids[done : done + taken]
-            self._filled += taken
-            done += taken
-            if self._filled == len(self._buffer):
-                self._write()
-
-    def close(self) -> None:
-        """Write the last rows; tokens that do not fill a row are left out."""
-        self._write()
-
-    def _write(self) -> None:
-        rows = self._filled // self.config.row_length
-        if rows:
-            path = self.folder / f"{self.prefix}-{self._num_shards:05d}.npy"
-            whole = self._buffer[: rows * self.config.row_length]
-            storage.write_array(path, whole.reshape(rows, self.config.row_length))
-            self._num_shards += 1
-            self.num_rows += rows
-        self._filled = 0
+    strategy: Literal["concatenate", "best_fit"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedShards:
     """The rows of a folder, to train on and held out, and a fingerprint of all its bytes.
 
-    ``files`` are the SHA-256 of its files, by their paths in it.
+    ``files`` are the SHA-256 of its files, by their paths in it; ``pad_id`` is what fills the ends
+    of rows, None where they are full.
     """
 
     train: TokenShards
     validation: TokenShards
     fingerprint: str
     files: dict[str, str]
+    pad_id: int | None = None
 
 
 def open_shards(
@@ -148,8 +104,16 @@ def open_shards(
     train, validation = _split(folder, parts, row_length)
     _check_repeats(folder, train, validation, drawn="validation" not in parts)
     own = (folder / storage.MANIFEST).is_file()  # then lineage finds the folder by its manifest
-    found = storage.read_manifest(folder)["fingerprint"] if own else fingerprint(hashes)
-    return PackedShards(train=train, validation=validation, fingerprint=str(found), files=hashes)
+    about: dict[str, Any] = (
+        storage.read_manifest(folder) if own else {"fingerprint": fingerprint(hashes)}
+    )
+    return PackedShards(
+        train=train,
+        validation=validation,
+        fingerprint=str(about["fingerprint"]),
+        files=hashes,
+        pad_id=about.get("pad_id"),
+    )
 
 
 def _open_input_ids(folder: Path, min_length: int) -> tuple[dict[str, list[TokenIds]], int]:
@@ -378,11 +342,58 @@ def _check_repeats(folder: Path, train: TokenShards, held_out: TokenShards, *, d
 
 
 def write_rows(
-    folder: Path, split: str, documents: Iterable[Sequence[int]], config: PackConfig
-) -> dict[str, int]:
-    """Pack documents of ids into ``<split>-*.npy`` and return the counts of rows and tokens."""
-    writer = RowWriter(folder, split, config)
-    for ids in documents:
-        writer.add(ids)
-    writer.close()
-    return {"rows": writer.num_rows, "tokens": writer.num_tokens}
+    folder: Path, split: str, parts: Sequence[Path], config: PackConfig, *, num_workers: int
+) -> int:
+    """Cut the ids of ``parts``, read one after the other, into rows; return how many.
+
+    They go to ``<split>-00000.npy``, ... of bounded size; tokens that do not fill a row are left
+    out. What is written does not depend on ``num_workers``.
+
+    Errors:
+        UsageError: an id does not fit into the configured type.
+    """
+    sizes = [int(np.load(path, mmap_mode="r", allow_pickle=False).size) for path in parts]
+    num_rows = sum(sizes) // config.row_length
+    step = max(1, SHARD_TOKENS // config.row_length)
+    tasks = [
+        _Cut(
+            target=folder / f"{split}-{number:05d}.npy",
+            parts=tuple(zip(parts, sizes, strict=True)),
+            start=first * config.row_length,
+            stop=min(first + step, num_rows) * config.row_length,
+            config=config,
+        )
+        for number, first in enumerate(range(0, num_rows, step))
+    ]
+    for _ in workers.share(_write_cut, tasks, workers=num_workers):
+        pass
+    return num_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cut:
+    """Tokens ``start`` to ``stop`` of ``parts``, which are files and their sizes in tokens."""
+
+    target: Path
+    parts: tuple[tuple[Path, int], ...]
+    start: int
+    stop: int
+    config: PackConfig
+
+
+def _write_cut(cut: _Cut) -> None:
+    ids = np.empty(cut.stop - cut.start, dtype=cut.config.dtype)
+    largest = np.iinfo(cut.config.dtype).max
+    begins = 0
+    for path, size in cut.parts:
+        first, last = max(cut.start - begins, 0), min(cut.stop - begins, size)
+        if first < last:
+            taken = np.load(path, mmap_mode="r", allow_pickle=False)[first:last]
+            if taken.max() > largest:
+                raise UsageError(
+                    f"pack.dtype: id {taken.max()} does not fit into {cut.config.dtype}; set "
+                    "pack.dtype to int64"
+                )
+            ids[begins + first - cut.start : begins + last - cut.start] = taken
+        begins += size
+    storage.write_array(cut.target, ids.reshape(-1, cut.config.row_length))

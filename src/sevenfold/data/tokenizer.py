@@ -229,9 +229,3 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     encoded = backend.encode_batch_fast(list(texts), add_special_tokens=False)
     backend.encode_special_tokens = False
     return [encoding.ids for encoding in encoded]
-
-
-def encode_documents(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Return the ids of each text as pretraining sees it, between BOS and EOS."""
-    first, last = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
-    return [first + ids + last for ids in encode_texts(tokenizer, texts)]

@@ -180,7 +180,13 @@ def _dtype(folder: Path, device: torch.device) -> torch.dtype:
 
 def _unigram_counts(run: Run, vocab_size: int) -> NDArray[np.int64] | None:
     files = sorted(run.data("packed").glob("train-*.npy"))
-    return token_counts(files, vocab_size) if files else None
+    if not files:
+        return None
+    counts = token_counts(files, vocab_size)
+    pad_id = storage.read_manifest(run.data("packed")).get("pad_id")
+    if pad_id is not None:  # which no text holds
+        counts[pad_id] = 0
+    return counts
 
 
 # ---- step 12 -------------------------------------------------------------------------------------

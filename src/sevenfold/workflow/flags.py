@@ -75,6 +75,15 @@ def _source(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers",
+        type=_above_zero,
+        metavar="N",
+        help="processes at most (default: one a core); what is made does not depend on it",
+    )
+
+
 def _training(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     group.add_argument(
@@ -237,7 +246,12 @@ _SHOW = "sevenfold.workflow.show"
 _TABLE = (
     Verb("download", "01: fetch the texts", f"{_STEPS}:download", (_source, _common)),
     Verb("clean", "02: clean and split the texts", f"{_STEPS}:clean", (_common,)),
-    Verb("tokenize", "03: train the tokenizer, pack the texts", f"{_STEPS}:tokenize", (_common,)),
+    Verb(
+        "tokenize",
+        "03: train the tokenizer, pack the texts",
+        f"{_STEPS}:tokenize",
+        (_workers, _common),
+    ),
     Verb("init", "04: write the untrained model", f"{_STEPS}:initialize", (_common,)),
     Verb("pretrain", "05: pretrain", f"{_STEPS}:pretrain", (_packed, _training, _common)),
     Verb("prepare-sft", "06: prepare conversations", f"{_STEPS}:prepare_sft", (_source, _common)),

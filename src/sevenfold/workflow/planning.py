@@ -78,7 +78,10 @@ def _num_steps(run: Run, config: TrainConfig, stage: str) -> int | None:
     if not (folder / storage.MANIFEST).is_file():
         return None
     facts = storage.read_manifest(folder)
-    tokens = facts["counts"].get("train", facts["counts"]).get("tokens")
+    if stage == "pretrain":  # padding takes its time, too
+        tokens = facts["counts"]["train"]["rows"] * facts["row_length"]
+    else:
+        tokens = facts["counts"].get("tokens")
     return None if tokens is None else config.num_steps(int(tokens), 1)
 
 

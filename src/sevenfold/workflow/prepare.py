@@ -7,21 +7,19 @@ replaced at once, after everything in it has been checked.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sevenfold.base import storage
+from sevenfold.base import storage, workers
 from sevenfold.base.config import fingerprint, to_plain
 from sevenfold.base.errors import BadDataError, UsageError
 from sevenfold.base.records import Run
-from sevenfold.data import chat, shards, sources, tables, tokenizer
+from sevenfold.data import chat, sources, tables, tokenizer
 from sevenfold.data.clean import (
     SPLITS,
     CleaningCounts,
-    Document,
     DocumentWriter,
     assign_splits,
     clean_documents,
@@ -29,6 +27,7 @@ from sevenfold.data.clean import (
     read_shards,
 )
 from sevenfold.data.sources import SourceConfig
+from sevenfold.workflow import tokenizing
 from sevenfold.workflow.contamination import INPUT, EvaluationItems
 from sevenfold.workflow.prepared import (
     SCRIPTS,
@@ -55,7 +54,6 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 VILLAGE_ROWS = {"sft": "instructions", "lora": "domain", "dpo": "preferences"}
-_BATCH_DOCUMENTS = 512
 
 
 # --- 02 -----------------------------------------------------------------------------------------
@@ -104,8 +102,11 @@ def clean(run: Run, recipe: Recipe) -> None:
 # --- 03 -----------------------------------------------------------------------------------------
 
 
-def tokenize_and_pack(run: Run, recipe: Recipe) -> None:
-    """Write ``tokenizer`` and ``data/packed``.
+def tokenize_and_pack(run: Run, recipe: Recipe, *, num_workers: int | None = None) -> None:
+    """Write ``tokenizer`` and ``data/packed``, with at most so many processes; None: one a core.
+
+    What is written does not depend on their number. ``data/tokens`` holds what is done of it when
+    the step is stopped, and goes when it ends.
 
     Errors:
         UsageError: there is no ``data/clean``, or the tokenizer to take over does not fit.
@@ -118,12 +119,13 @@ def tokenize_and_pack(run: Run, recipe: Recipe) -> None:
     inputs[INPUT] = cleaned["inputs"][INPUT]
     config = settings(recipe, "packed")
     if is_current(target, inputs, config):
+        storage.remove_folder(run.data("tokens"))
         return
+    most = num_workers or workers.usable_cores()
+    plan = tokenizing.plan(run.data("clean"), cleaned, made, recipe.pack, most)
+    found = {split: tokenizing.encode(run.data("tokens"), plan, split) for split in SPLITS}
     with storage.new_folder(target, kind="packed", inputs=inputs, config=config) as folder:
-        counts = {
-            split: shards.write_rows(folder, split, _token_documents(run, made, split), recipe.pack)
-            for split in SPLITS
-        }
+        counts = {split: tokenizing.pack(folder, plan, split, found[split]) for split in SPLITS}
         for split, count in counts.items():
             if not count["rows"]:
                 raise BadDataError(
@@ -136,11 +138,15 @@ def tokenize_and_pack(run: Run, recipe: Recipe) -> None:
             vocab_size=len(made),
             bos_id=made.bos_token_id,
             eos_id=made.eos_token_id,
+            pad_id=plan.encoding.pad_id,
             sources=cleaned["sources"],
             decontaminated=cleaned["decontaminated"],
             row_length=recipe.pack.row_length,
             counts=counts,
+            tokens_by_source=tokenizing.tokens_by_source(found),
+            tokeniser=plan.tokeniser.facts(),
         )
+    storage.remove_folder(run.data("tokens"))
     tokens = " and ".join(f"{counts[split]['tokens']:,} {split}" for split in SPLITS)
     say(target, f"{tokens} tokens in rows of {recipe.pack.row_length}")
 
@@ -180,16 +186,6 @@ def _sample(run: Run, share: float) -> Iterator[str]:
     for document in read_shards(run.data("clean"), "train"):
         if share >= 1 or fraction_of(document["id"]) < share:
             yield document["text"]
-
-
-def _token_documents(run: Run, made: Any, split: str) -> Iterator[list[int]]:
-    documents = read_shards(run.data("clean"), split)
-    while batch := list(itertools.islice(documents, _BATCH_DOCUMENTS)):
-        yield from tokenizer.encode_documents(made, [_text(document) for document in batch])
-
-
-def _text(document: Document) -> str:
-    return str(document["text"])
 
 
 def _tokenizer_fingerprint(run: Run) -> str:

@@ -55,8 +55,8 @@ def pretrain(run: records.Run, recipe: Recipe, options: training.StageOptions) -
         job,
         scorer,
         NEXT_TOKEN,
-        PackedText(shards.train, bos_id=bos_id),
-        PackedText(shards.validation, bos_id=bos_id),
+        PackedText(shards.train, bos_id=bos_id, pad_id=shards.pad_id),
+        PackedText(shards.validation, bos_id=bos_id, pad_id=shards.pad_id),
     )
     last = workbench.train(job, bench)
     training.export(job, bench)

@@ -74,7 +74,7 @@ def tokenize(options: argparse.Namespace) -> None:
         if not _ends_dry(
             options, f"03 would pack into {job.run.data('packed')}", job.run.data("clean")
         ):
-            call("prepare", "tokenize_and_pack")(job.run, job.recipe)
+            call("prepare", "tokenize_and_pack")(job.run, job.recipe, num_workers=options.workers)
 
 
 def initialize(options: argparse.Namespace) -> None:

@@ -11,12 +11,12 @@ import torch
 
 from sevenfold.base.errors import UsageError
 from sevenfold.data.batches import NO_TARGET, Batches, PackedText
+from sevenfold.data.best_fit import best_fit
 from sevenfold.data.packing import (
     PackedConversations,
     PackedPreferences,
     Piece,
     Preference,
-    best_fit,
 )
 from sevenfold.train.config import ContextPhase, Duration
 from sevenfold.workflow import recipe as recipes
@@ -132,6 +132,26 @@ def test_a_duration_of_no_step_is_refused() -> None:
     assert config.num_steps(64, 64) == 1
     with pytest.raises(UsageError, match=r"less than one batch of 4096; add data, epochs, or take"):
         config.num_steps(63, 64)
+
+
+def test_padding_is_never_predicted() -> None:
+    class Padded:
+        num_rows, row_length = 1, 8
+
+        def rows(self, indices: Any) -> Any:
+            return np.array([[0, 5, 6, 1, 0, 7, 2, 2]])
+
+    for bos_id in (0, None):
+        plain = PackedText(Padded(), bos_id=bos_id).batch(np.array([0]), 8)
+        padded = PackedText(Padded(), bos_id=bos_id, pad_id=2).batch(np.array([0]), 8)
+        fourth = 0 if bos_id is None else -100
+        assert padded.targets_bt.tolist() == [[5, 6, 1, fourth, 7, -100, -100, -100]]
+        assert plain.targets_bt.tolist() == [[5, 6, 1, fourth, 7, 2, 2, -100]]
+        assert padded.inputs_bt.tolist() == plain.inputs_bt.tolist()
+
+
+def test_best_fit_without_a_seed_takes_the_longest_first() -> None:
+    assert best_fit([3, 8, 5, 3, 2], 8, seed=None) == [[1], [2, 0], [3, 4]]
 
 
 def test_best_fit_places_every_item_once_and_tightly() -> None:

@@ -26,6 +26,14 @@ def open_(folder: Path, **facts: Any) -> PackedShards:
     return open_shards(folder, **{"vocab_size": VOCAB, "min_length": LENGTH} | facts)
 
 
+def write(folder: Path, split: str, parts: list[list[int]], config: PackConfig) -> int:
+    """Pack ids that lie in several files beside ``folder``."""
+    paths = [folder.parent / f"ids-{number}.npy" for number in range(len(parts))]
+    for path, ids in zip(paths, parts, strict=True):
+        np.save(path, np.array(ids, np.uint32))
+    return write_rows(folder, split, paths, config, num_workers=1)
+
+
 def save(folder: Path, array: Any, name: str = "train-00000.npy") -> Path:
     np.save(folder / name, array)
     return folder / name
@@ -40,25 +48,25 @@ def test_packing_and_reading_gives_the_documents_back(
     for dtype in ("int64", "uint16"):
         folder = tmp_path / dtype
         folder.mkdir()
-        config = PackConfig(row_length=LENGTH, dtype=dtype)  # type: ignore[arg-type]
-        counts = write_rows(folder, "train", documents, config)
-        write_rows(folder, "validation", [[0, *range(60, 80), 1]], config)
-        assert counts == {"rows": len(stream) // LENGTH, "tokens": len(stream)}
-        assert len(list(folder.glob("train-*.npy"))) == -(-counts["rows"] // 3)
+        config = PackConfig(row_length=LENGTH, dtype=dtype, strategy="concatenate")  # type: ignore[arg-type]
+        num_rows = write(folder, "train", [stream[:50], stream[50:51], [], stream[51:]], config)
+        write(folder, "validation", [[0, *range(60, 80), 1]], config)
+        assert num_rows == len(stream) // LENGTH
+        assert len(list(folder.glob("train-*.npy"))) == -(-num_rows // 3)
         found = open_(folder)
         rows = found.train.rows(np.arange(found.train.num_rows))
         assert rows.dtype == np.int64
-        assert rows.reshape(-1).tolist() == stream[: counts["rows"] * LENGTH]
+        assert rows.reshape(-1).tolist() == stream[: num_rows * LENGTH]
         assert found.train.rows(np.array([5, 1])).tolist() == rows[[5, 1]].tolist()
-        assert found.train.num_tokens == counts["rows"] * LENGTH
+        assert found.train.num_tokens == num_rows * LENGTH
         assert np.load(folder / "train-00000.npy").dtype == dtype
 
 
 @pytest.mark.fault("G03")
 def test_an_id_too_big_for_the_type_is_refused(tmp_path: Path) -> None:
-    config = PackConfig(row_length=4, dtype="uint16")
+    config = PackConfig(row_length=2, dtype="uint16", strategy="concatenate")
     with pytest.raises(UsageError, match=r"id 65536 does not fit into uint16; set pack\.dtype to"):
-        write_rows(tmp_path, "train", [[1, 65_536]], config)
+        write(tmp_path, "train", [[1, 65_536]], config)
     with pytest.raises(UsageError, match=r"row_length"):
         build(PackConfig, {"row_length": 1, "dtype": "int64"})
 
@@ -94,6 +102,9 @@ def test_a_folder_of_our_own_has_the_fingerprint_of_its_manifest(tmp_path: Path)
     save(tmp_path, table())
     manifest = storage.write_manifest(tmp_path, kind="packed")
     assert open_(tmp_path).fingerprint == manifest["fingerprint"]
+    assert open_(tmp_path).pad_id is None
+    storage.write_manifest(tmp_path, kind="packed", pad_id=2)
+    assert open_(tmp_path).pad_id == 2
 
 
 def refused(folder: Path, message: str, **facts: Any) -> None:

@@ -12,7 +12,6 @@ from sevenfold.data.tokenizer import (
     CONTROL_TOKENS,
     TokenizerConfig,
     adopt_tokenizer,
-    encode_documents,
     encode_texts,
     load_tokenizer,
     reserved_ids,
@@ -48,7 +47,6 @@ def test_the_vocabulary_has_exactly_the_asked_size(tokenizer: Any, texts: list[s
 def test_every_text_comes_back(tokenizer: Any) -> None:
     text = "Tom  has\t7 Hüte\u2028😀\x01\n\n  x"
     assert tokenizer.decode(encode_texts(tokenizer, [text])[0]) == text
-    assert tokenizer.decode(encode_documents(tokenizer, [text])[0]) == f"<|bos|>{text}<|eos|>"
 
 
 def test_digits_are_grouped_as_asked(texts: list[str]) -> None:

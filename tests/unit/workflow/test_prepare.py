@@ -65,7 +65,7 @@ def make_recipe(**data: Any) -> Any:
         ),
         decontaminate=DecontaminationConfig(ngram=13),
         evaluate=EvaluateConfig(tasks=TASKS, confidence=0.95, seed=1, max_new_tokens=8),
-        pack=PackConfig(row_length=32, dtype="uint16"),
+        pack=PackConfig(row_length=32, dtype="uint16", strategy="concatenate"),
         sft=SimpleNamespace(data=ChatDataConfig(**rows)),
         lora=SimpleNamespace(data=ChatDataConfig(**rows)),
         dpo=SimpleNamespace(data=PreferenceDataConfig(**rows)),
@@ -324,7 +324,7 @@ def test_a_changed_source_makes_the_rest_stale(tmp_path: Path, run: Run) -> None
     [
         (
             "packed",
-            {"pack": PackConfig(row_length=64, dtype="uint16")},
+            {"pack": PackConfig(row_length=64, dtype="uint16", strategy="concatenate")},
             r"row_length 32, now .*03_",
         ),
         ("packed", {"village": dataclasses.replace(VILLAGE, seed=4)}, r"raw: .*village.*run .*01_"),
@@ -391,7 +391,7 @@ def test_too_little_text_for_a_row_is_refused(tmp_path: Path, run: Run) -> None:
     recipe = make_recipe(village=None)
     download(run, own_texts(tmp_path, 4))
     prepare.clean(run, recipe)
-    recipe.pack = PackConfig(row_length=128, dtype="int64")
+    recipe.pack = PackConfig(row_length=128, dtype="int64", strategy="concatenate")
     with pytest.raises(BadDataError, match=r"not one row of 128; give more text, raise data\.val"):
         prepare.tokenize_and_pack(run, recipe)
     assert not run.data("packed").exists()

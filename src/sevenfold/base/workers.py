@@ -1,0 +1,95 @@
+"""Tasks shared by processes, results in the tasks' order; in this process where one is enough.
+
+Processes are spawned, not forked, so that no thread of this one is half alive in them. They end
+with this one, however it ends.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+from typing import TypeVar
+
+from sevenfold.base.errors import SevenfoldError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+JOIN_TIMEOUT_S = 10.0
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def share(
+    perform: Callable[[Task], Result], tasks: Sequence[Task], *, workers: int
+) -> Iterator[Result]:
+    """Yield ``perform(task)`` of every task, in order, done by at most so many processes.
+
+    Tasks and results travel between processes, so ``perform`` is a function of a module.
+
+    Errors:
+        SevenfoldError: a process was ended from outside; which, by what, and what to do.
+    """
+    workers = min(workers, len(tasks))
+    if workers <= 1:
+        for task in tasks:
+            yield perform(task)
+        return
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_become_worker
+    )
+    waiting = [pool.submit(perform, task) for task in tasks]
+    processes = sorted(set(multiprocessing.active_children()) - others, key=lambda p: p.name)
+    try:
+        for future in waiting:
+            yield future.result()
+        pool.shutdown()
+    except BrokenProcessPool:
+        raise SevenfoldError(_what_ended(processes)) from None
+    finally:  # whatever stopped us, also a signal: nobody works on for nobody
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join(JOIN_TIMEOUT_S)
+
+
+def _become_worker() -> None:
+    """Leave signals from the keyboard to the parent, take one core, and end when it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["RAYON_NUM_THREADS"] = "1"
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _what_ended(processes: Sequence[BaseProcess]) -> str:
+    for process in processes:
+        process.join(JOIN_TIMEOUT_S)
+    usual = (None, 0, -signal.SIGTERM)  # SIGTERM is what ends the others then
+    ended = [process for process in processes if process.exitcode not in usual]
+    found = "a worker process ended"
+    if ended:
+        code = int(ended[0].exitcode or 0)
+        by = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        found = f"worker process {ended[0].pid} ended {by}"
+    return (
+        f"{found} before its work was done, perhaps for want of memory; run the same command "
+        "again, with fewer --workers if it happens again: what the others have finished is kept"
+    )
