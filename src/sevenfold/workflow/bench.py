@@ -27,8 +27,9 @@ from sevenfold.data.random_rows import RandomRows
 from sevenfold.train import checkpoint, loop, optimizer, parallel, planner, resuming
 from sevenfold.train.config import ContextPhase, TrainConfig
 from sevenfold.train.watching import OTHER, WAIT, Stopwatch, totals
-from sevenfold.workflow import planning, steps, training, trial, workbench
+from sevenfold.workflow import bench_data, planning, steps, training, trial, workbench
 from sevenfold.workflow import recipe as recipes
+from sevenfold.workflow.flags import DATA_BENCHMARKS
 from sevenfold.workflow.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,9 @@ def bench(options: argparse.Namespace) -> None:
         UsageError: a flag means nothing for what is measured.
         SevenfoldError: as in `trial.measure`.
     """
+    if options.what in DATA_BENCHMARKS:
+        bench_data.bench(options)
+        return
     _require_sense(options)
     if steps.on_all_gpus(_arguments(options)):
         return

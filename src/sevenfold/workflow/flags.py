@@ -64,7 +64,7 @@ def _existing_run(parser: argparse.ArgumentParser) -> None:
     _debug(parser)
 
 
-def _source(parser: argparse.ArgumentParser) -> None:
+def _source(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--source",
         type=Path,
@@ -75,7 +75,7 @@ def _source(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _workers(parser: argparse.ArgumentParser) -> None:
+def _workers(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--workers",
         type=_above_zero,
@@ -205,7 +205,8 @@ def _selftest(parser: argparse.ArgumentParser) -> None:
     )
 
 
-BENCHMARKS = (*GATED_STAGES, "checkpoint", "resume", "optimizer")
+DATA_BENCHMARKS = ("tokenize", "pack", "load")
+BENCHMARKS = (*GATED_STAGES, "checkpoint", "resume", "optimizer", *DATA_BENCHMARKS)
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:
@@ -227,7 +228,13 @@ def _bench(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("runs"),
         metavar="DIR",
-        help="on the disk that checkpoint and resume measure (runs); nothing is left there",
+        help="on the disk that is measured (runs); nothing is left there",
+    )
+    group = parser.add_argument_group("|".join(DATA_BENCHMARKS))
+    _source(group)
+    _workers(group)
+    group.add_argument(
+        "--gigabytes", type=float, metavar="N", help="how much random text, without --source (0.05)"
     )
 
 
@@ -301,7 +308,7 @@ _TABLE = (
     ),
     Verb(
         "bench",
-        "how fast this machine trains, saves and goes on",
+        "how fast this machine trains, saves, goes on and prepares data",
         "sevenfold.workflow.bench:bench",
         (_bench, _recipe, _debug),
     ),
