@@ -92,7 +92,8 @@ def _prepare(folder: Path, recipe: Recipe, options: argparse.Namespace) -> tuple
         documents = read_shards(folder / "clean", "train")
         chosen = (d["text"] for d in documents if share >= 1 or fraction_of(d["id"]) < share)
         made = tokenizer.train_tokenizer(chosen, config)
-    made.save_pretrained(str(folder / "tokenizer"))
+    with storage.new_folder(folder / "tokenizer", kind="tokenizer") as saved:
+        made.save_pretrained(str(saved))
     return made, size
 
 
