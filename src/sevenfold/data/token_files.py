@@ -7,9 +7,8 @@ What is there and right is not made again, so a step that was stopped goes on wi
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,12 @@ from sevenfold.base.config import fingerprint
 from sevenfold.base.errors import BadDataError
 from sevenfold.data import encoders
 from sevenfold.data.best_fit import fill_rows
-from sevenfold.data.clean import read_documents
+from sevenfold.data.clean import Document, read_documents
 from sevenfold.data.encoders import Engine
 
 SUFFIX = ".jsonl.zst"
-_BATCH_DOCUMENTS = 512
+# What is encoded at once: tokenizers keeps some hundred bytes a token meanwhile.
+_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 512, 2_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,8 +99,7 @@ def _encode_shard(task: _Task) -> TokenFile:
     lengths: list[NDArray[np.int64]] = []
     by_source: Counter[str] = Counter()
     narrow = np.uint16 if task.encoding.vocab_size <= 2**16 else np.uint32
-    documents = read_documents(task.shard)
-    while batch := list(itertools.islice(documents, _BATCH_DOCUMENTS)):
+    for batch in _batches(read_documents(task.shard)):
         ids, counts = _between_bos_and_eos([str(d["text"]) for d in batch], task.encoding)
         parts.append(ids.astype(narrow))
         lengths.append(counts)
@@ -125,6 +124,20 @@ def _encode_shard(task: _Task) -> TokenFile:
     about = {"made_from": task.made_from, "sha256": storage.sha256_file(task.target), **facts}
     storage.write_json(_about(task.target), about)
     return TokenFile(path=task.target, **facts)  # type: ignore[arg-type]
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Yield the documents in lists that are bounded in number and in size."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document["text"])
+        if len(batch) == _BATCH_DOCUMENTS or size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _about(path: Path) -> Path:

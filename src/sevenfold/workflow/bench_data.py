@@ -144,7 +144,7 @@ def _tokenize(
             elapsed_s, num_tokens = _timed(partial(_num_written, folder, shards, how, count))
         rates = _rates(num_tokens, elapsed_s, slow, count)
         facts = {"what": "step 03", "engine": tokeniser.engine, "processes": count, **rates}
-        yield {**common, **facts, "peak_gib": _peak_gib()}
+        yield {**common, **facts}
 
 
 def _num_ids(engine: encoders.Engine, backend_json: str, texts: list[str]) -> int:

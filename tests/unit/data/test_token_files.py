@@ -64,6 +64,11 @@ def test_ids_are_those_of_the_documents_between_bos_and_eos(
 ) -> None:
     monkeypatch.setattr(token_files, "_BATCH_DOCUMENTS", 7)
     found = list(encode_shards(tmp_path / "a", clean_shards, encoding(made), num_workers=1))
+    monkeypatch.setattr(token_files, "_BATCH_DOCUMENTS", 512)
+    monkeypatch.setattr(token_files, "_BATCH_CHARACTERS", 300)
+    again = list(encode_shards(tmp_path / "c", clean_shards, encoding(made), num_workers=1))
+    assert files(tmp_path / "c") == files(tmp_path / "a")
+    assert len(again) == len(found)
     expected = [[0, *ids, 1] for ids in encode_texts(made, texts())]
     ids = np.concatenate([np.load(part.path) for part in found])
     assert ids.dtype == np.uint16
@@ -191,3 +196,12 @@ def test_a_row_that_lies_in_two_files_is_put_together(
     rows = [np.load(path) for path in sorted(folder.iterdir())]
     assert [len(part) for part in rows] == [2] * 5
     assert np.concatenate(rows).reshape(-1).tolist() == stream[:80].tolist()
+
+
+def test_what_is_encoded_at_once_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_files, "_BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr(token_files, "_BATCH_CHARACTERS", 10)
+    sizes = [1, 1, 1, 1, 9, 20, 4, 4]
+    batches = token_files._batches({"text": "a" * size} for size in sizes)
+    found = [[len(document["text"]) for document in batch] for batch in batches]
+    assert found == [[1, 1, 1], [1, 9], [20], [4, 4]]

@@ -45,7 +45,6 @@ def test_tokenize_compares_the_engines_and_the_step(
     assert fast["ratio_to_tokenizers"] == pytest.approx(fast["tokens_s"] / slow["tokens_s"])
     assert slow["bytes_per_token"] == pytest.approx(slow["bytes"] / slow["tokens"])
     assert step["engine"] == "gigatoken"
-    assert 0.01 < step["peak_gib"] < 64
 
 
 def test_pack_tells_what_is_cut_and_padded(
@@ -61,6 +60,7 @@ def test_pack_tells_what_is_cut_and_padded(
     assert plain["padding_share"] == fitted["documents_cut_share"] == 0
     assert 0 < plain["documents_cut_share"] < 0.5
     assert 0 < fitted["padding_share"] < 0.2
+    assert 0.01 < plain["peak_gib"] < 64
 
 
 def test_documents_that_lie_in_two_rows_are_counted(tmp_path: Path) -> None:
