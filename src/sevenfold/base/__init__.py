@@ -1,4 +1,5 @@
 """What every room stands on.
 
-Modules: config, console, disk, errors, faults, hardware, permissions, records, storage.
+Modules: config, console, disk, errors, faults, hardware, permissions, records, storage,
+workers.
 """

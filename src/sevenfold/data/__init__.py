@@ -11,6 +11,9 @@ In reading order:
 - ``decontamination``: evaluation items found in what would be trained on
 - ``clean``: normalising, filtering, deduplicating, splitting off validation documents
 - ``tokenizer``: training a byte-level BPE, or taking over an existing tokenizer
+- ``encoders``: two engines that give the same ids, and the proof that they do
+- ``best_fit``: which document goes into which row
+- ``token_files``: clean shards as ids, made by several processes and kept when stopped
 - ``template_sandbox``: chat templates from outside, rendered where they can do no harm
 - ``chat``: conversations to token ids and loss masks
 - ``row_rules``: which rows and pairs are left out
@@ -19,4 +22,5 @@ In reading order:
 - ``token_rows``: numbered rows of the ids in files that are watched meanwhile
 - ``shards``: packed token rows, written and read
 - ``batches``: what each training step sees
+- ``random_texts``: text of any size, for measurements
 """

@@ -145,10 +145,12 @@ def tokenize_and_pack(run: Run, recipe: Recipe, *, num_workers: int | None = Non
             counts=counts,
             tokens_by_source=tokenizing.tokens_by_source(found),
             tokeniser=plan.tokeniser.facts(),
+            bytes_per_token=cleaned["bytes"]["train"] / counts["train"]["tokens"],
         )
     storage.remove_folder(run.data("tokens"))
     tokens = " and ".join(f"{counts[split]['tokens']:,} {split}" for split in SPLITS)
-    say(target, f"{tokens} tokens in rows of {recipe.pack.row_length}")
+    length = cleaned["bytes"]["train"] / counts["train"]["tokens"]
+    say(target, f"{tokens} tokens of {length:.2f} bytes in rows of {recipe.pack.row_length}")
 
 
 def make_tokenizer(run: Run, recipe: Recipe) -> Any:

@@ -66,6 +66,8 @@ def test_one_process_and_four_make_the_same_shards(run: Run, recipe: Any, strate
     for split in ("train", "validation"):
         assert sum(found[split] for found in by_source.values()) == counts[split]["tokens"]
     assert alone["tokeniser"]["engine"] == "tokenizers"
+    texts = [d["text"].encode() for d in clean.read_shards(run.data("clean"), "train")]
+    assert alone["bytes_per_token"] == sum(map(len, texts)) / counts["train"]["tokens"]
 
 
 def test_best_fit_pads_and_training_leaves_the_padding_out(run: Run, recipe: Any) -> None:
