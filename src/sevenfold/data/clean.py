@@ -13,13 +13,13 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from sevenfold.base.config import configuration
 from sevenfold.base.errors import BadDataError
+from sevenfold.data.clean_counts import CleaningCounts
 from sevenfold.data.decontamination import ItemIndex
 from sevenfold.data.row_files import open_compressed
 
@@ -28,7 +28,6 @@ Filter = Callable[[Document], str | None]
 
 SHARD_BYTES = 256 * 2**20
 COMPRESSION_LEVEL = 3
-NUM_EXAMPLES = 3
 SPLITS = ("train", "validation")
 _BOUNDARIES = [re.compile(pattern) for pattern in (r"\n\s*\n", r"\n", r"[.!?]\s", r"\s")]
 
@@ -52,42 +51,6 @@ class CleanConfig:
             raise ValueError("'min_characters' is above 0 and at most document_characters / 4")
 
 
-@dataclass
-class CleaningCounts:
-    """What came in, what was kept, what was dropped and why, with a few examples of each."""
-
-    documents_read: int = 0
-    documents: Counter[str] = field(default_factory=Counter)
-    characters: Counter[str] = field(default_factory=Counter)
-    bytes: Counter[str] = field(default_factory=Counter)
-    dropped: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
-
-    def drop(self, document: Document, reason: str) -> None:
-        """Count one dropped document."""
-        self.dropped[reason] += 1
-        examples = self.examples.setdefault(reason, [])
-        if len(examples) < NUM_EXAMPLES:
-            examples.append({"id": document["id"], "begins": document["text"][:80]})
-
-    def keep(self, document: Document, split: str) -> None:
-        """Count one kept document."""
-        self.documents[split] += 1
-        self.characters[split] += len(document["text"])
-        self.bytes[split] += len(document["text"].encode())
-
-    def facts(self) -> dict[str, Any]:
-        """Return the counts for a manifest."""
-        return {
-            "documents_read": self.documents_read,
-            "documents": dict(self.documents),
-            "characters": dict(self.characters),
-            "bytes": dict(self.bytes),
-            "dropped": dict(self.dropped),
-            "dropped_examples": self.examples,
-        }
-
-
 def clean_documents(
     documents: Iterable[Document],
     config: CleanConfig,
@@ -100,7 +63,7 @@ def clean_documents(
     """
     steps = filters(config, items)
     for document in documents:
-        counts.documents_read += 1
+        counts.read(document)
         text = normalise(document["text"], config.unicode_form)
         for piece in _pieces({**document, "text": text}, config.document_characters):
             reason = next((found for step in steps if (found := step(piece))), None)

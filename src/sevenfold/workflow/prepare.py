@@ -19,13 +19,13 @@ from sevenfold.base.records import Run
 from sevenfold.data import chat, sources, tables, tokenizer
 from sevenfold.data.clean import (
     SPLITS,
-    CleaningCounts,
     DocumentWriter,
     assign_splits,
     clean_documents,
     fraction_of,
     read_shards,
 )
+from sevenfold.data.clean_counts import CleaningCounts
 from sevenfold.data.sources import SourceConfig
 from sevenfold.workflow import tokenizing
 from sevenfold.workflow.contamination import INPUT, EvaluationItems
@@ -88,14 +88,15 @@ def clean(run: Run, recipe: Recipe) -> None:
             for split, document in assign_splits(kept, fraction):
                 writers[split].write(document)
                 counts.keep(document, split)
+        total = counts.total()
         storage.manifest_facts(
             folder,
             sources=raw["sources"],
-            decontaminated=items.facts(counts.dropped, generated=generated),
+            decontaminated=items.facts(total.dropped, generated=generated),
             **counts.facts(),
         )
-    dropped = ", ".join(f"{n:,} {reason}" for reason, n in sorted(counts.dropped.items()))
-    kept_counts = f"{counts.documents['train']:,} documents and {counts.documents['validation']:,}"
+    dropped = ", ".join(f"{n:,} {reason}" for reason, n in sorted(total.dropped.items()))
+    kept_counts = f"{total.documents['train']:,} documents and {total.documents['validation']:,}"
     say(target, f"{kept_counts} held out; dropped: {dropped or 'none'}")
 
 

@@ -10,7 +10,6 @@ from sevenfold.base.errors import BadDataError, UsageError
 from sevenfold.data import clean
 from sevenfold.data.clean import (
     CleanConfig,
-    CleaningCounts,
     Document,
     DocumentWriter,
     assign_splits,
@@ -20,6 +19,7 @@ from sevenfold.data.clean import (
     normalise,
     read_shards,
 )
+from sevenfold.data.clean_counts import CleaningCounts
 
 
 def config(**facts: Any) -> CleanConfig:
@@ -36,8 +36,8 @@ def test_short_and_repeated_documents_are_dropped_and_counted() -> None:
     given = documents("one two", "ab", "one  \n two", "three", " one two ")
     kept = list(clean_documents(given, config(), counts))
     assert [document["text"] for document in kept] == ["one two", "three"]
-    assert counts.documents_read == 5
-    assert counts.dropped == {"too_short": 1, "duplicate": 2}
+    assert counts.total().documents_read == 5
+    assert counts.total().dropped == {"too_short": 1, "duplicate": 2}
     assert counts.facts()["dropped_examples"]["duplicate"] == [
         {"id": "d2", "begins": "one  \n two"},
         {"id": "d4", "begins": "one two"},
@@ -124,3 +124,31 @@ def test_documents_come_back_as_written(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(list(tmp_path.glob("train-*.jsonl.zst"))) > 2
     assert list(read_shards(tmp_path, "train")) == given
     assert list(read_shards(tmp_path, "validation")) == []
+
+
+def test_counts_are_kept_by_source_and_add_up() -> None:
+    whole, first, second = CleaningCounts(), CleaningCounts(), CleaningCounts()
+    given = [{"id": f"d{n}", "text": "é" * n, "source": "ab"[n % 2]} for n in range(12)]
+    for number, document in enumerate(given):
+        for counts in (whole, first if number < 5 else second):
+            counts.read(document)
+            if number % 3:
+                counts.keep(document, "train", {"email": 2})
+            else:
+                counts.drop(document, "too_short")
+    facts = whole.facts()
+    assert facts["by_source"]["a"] == {
+        "documents_read": 6,
+        "documents": {"train": 4},
+        "characters": {"train": 24},
+        "bytes": {"train": 48},
+        "dropped": {"too_short": 2},
+        "pii": {"email": 8},
+    }
+    assert facts["documents_read"] == 12
+    assert facts["dropped"] == {"too_short": 4}
+    assert [example["id"] for example in facts["dropped_examples"]["too_short"]] == [
+        "d0", "d3", "d6",
+    ]  # fmt: skip
+    first.add(second.facts())
+    assert first.facts() == facts
