@@ -35,7 +35,10 @@ FLOORS = {
     "transformers": ("5.0", "CVE-2026-1839: a checkpoint's random state can run code"),
     "jinja2": ("3.1.6", "CVE-2025-27516: a chat template can leave its sandbox"),
 }
-PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "peft", "safetensors", "numpy")
+PACKAGES = (
+    *("torch", "transformers", "tokenizers", "datasets", "peft", "safetensors", "numpy"),
+    *("datatrove", "ftfy", "py3langid", "rensa"),  # what cleaning asks for, if settings do
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

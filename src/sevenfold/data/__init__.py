@@ -9,7 +9,11 @@ In reading order:
 - ``rows``: the shapes of instruction and preference rows that are understood, and their checks
 - ``village``: the demo's own small world
 - ``decontamination``: evaluation items found in what would be trained on
-- ``clean``: normalising, filtering, deduplicating, splitting off validation documents
+- ``quality``, ``personal``: Unicode repair, languages, quality filters; masks for personal data
+- ``clean``: single documents repaired, cut, filtered and masked; their shards
+- ``clean_counts``: what was read, kept, masked and dropped, by source
+- ``duplicates``: exact and near-duplicates, and what is held out, decided over all documents
+- ``cleaning``: all of that as tasks, one a shard
 - ``tokenizer``: training a byte-level BPE, or taking over an existing tokenizer
 - ``encoders``: two engines that give the same ids, and the proof that they do
 - ``best_fit``: which document goes into which row

@@ -1,7 +1,8 @@
-"""From raw documents to clean ones: normalised, filtered, unique, split for validation.
+"""From raw documents to clean ones: repaired, normalised, cut, filtered, masked.
 
-Filters see one document at a time and name the reason for which they drop it, so more of them
-(near duplicates, quality, decontamination) join by being listed in :func:`filters`.
+Filters see one document at a time and name the reason for which they drop it, so more of them join
+by being listed in :func:`filters`. What needs all documents (duplicates, the split) is in
+``duplicates``; ``cleaning`` does both, shard by shard.
 """
 
 from __future__ import annotations
@@ -11,22 +12,22 @@ import io
 import json
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from sevenfold.base.config import configuration
-from sevenfold.base.errors import BadDataError
+from sevenfold.data import personal, quality
 from sevenfold.data.clean_counts import CleaningCounts
 from sevenfold.data.decontamination import ItemIndex
+from sevenfold.data.quality import Filter
 from sevenfold.data.row_files import open_compressed
 
 Document = dict[str, Any]
-Filter = Callable[[Document], str | None]
 
-SHARD_BYTES = 256 * 2**20
+# A shard is a task of cleaning, done anew when it was killed: a minute at 1 MB/s.
+SHARD_BYTES = 64 * 2**20
 COMPRESSION_LEVEL = 3
 SPLITS = ("train", "validation")
 _BOUNDARIES = [re.compile(pattern) for pattern in (r"\n\s*\n", r"\n", r"[.!?]\s", r"\s")]
@@ -37,18 +38,29 @@ class CleanConfig:
     """What is kept, and in which form.
 
     ``document_characters``: longer documents (books) are cut at paragraphs into pieces of at most
-    so many; ``min_characters``: shorter ones are dropped.
+    so many; ``min_characters``: shorter ones are dropped. ``repair``: mend wrongly decoded text;
+    ``languages``: the only ones kept (ISO 639-1), null: all; ``quality``: the filters of these
+    corpora, by datatrove; ``mask_pii``: e-mail and IP addresses, telephone numbers and keys.
+    ``deduplicate``: ``minhash`` also drops near-duplicates.
     """
 
     min_characters: int
     document_characters: int
     unicode_form: Literal["NFC", "NFKC", "none"]
-    deduplicate: Literal["exact", "none"]
+    repair: bool
+    languages: tuple[str, ...] | None
+    quality: tuple[quality.QualityName, ...]
+    mask_pii: bool
+    deduplicate: Literal["none", "exact", "minhash"]
 
     def __post_init__(self) -> None:
         """Check that a cut can leave pieces long enough to be kept."""
         if not 0 < self.min_characters <= self.document_characters // 4:
             raise ValueError("'min_characters' is above 0 and at most document_characters / 4")
+        if self.languages is not None and not self.languages:
+            raise ValueError("'languages' names at least one language, or is null to keep all")
+        if len(set(self.quality)) != len(self.quality):
+            raise ValueError("'quality' names each filter once")
 
 
 def clean_documents(
@@ -56,52 +68,42 @@ def clean_documents(
     config: CleanConfig,
     counts: CleaningCounts,
     items: ItemIndex | None = None,
-) -> Iterator[Document]:
-    """Yield the documents that stay, normalised and cut to size; ``counts`` is filled meanwhile.
+) -> Iterator[tuple[Document, dict[str, int]]]:
+    """Yield the pieces that stay, each with what was masked in it, by kind.
 
-    ``items`` are those of the evaluation, which no document may hold.
+    ``counts`` is told what was read and dropped; ``items`` are those of the evaluation, which no
+    piece may hold.
     """
     steps = filters(config, items)
+    repair = quality.repairer() if config.repair else None
+    mask = personal.masker() if config.mask_pii else None
     for document in documents:
         counts.read(document)
-        text = normalise(document["text"], config.unicode_form)
+        text = repair(document["text"]) if repair else document["text"]
+        text = normalise(text, config.unicode_form)
         for piece in _pieces({**document, "text": text}, config.document_characters):
             reason = next((found for step in steps if (found := step(piece))), None)
-            if reason is None:
-                yield piece
-            else:
+            if reason is not None:
                 counts.drop(piece, reason)
+                continue
+            masked: dict[str, int] = {}
+            if mask is not None:
+                piece["text"], masked = mask(piece["text"])
+            yield piece, masked
 
 
 def filters(config: CleanConfig, items: ItemIndex | None = None) -> list[Filter]:
     """Return the filters a configuration asks for, in the order in which they look."""
     wanted: list[Filter] = [_too_short(config.min_characters)]
-    if config.deduplicate == "exact":
-        wanted.append(_seen_before())
     if items is not None:
         wanted.append(lambda document: items.reason([document["text"]]))
-    return wanted
+    if config.languages is not None:
+        wanted.append(quality.language_filter(config.languages))
+    return [*wanted, *quality.quality_filters(config.quality)]
 
 
 def _too_short(min_characters: int) -> Filter:
     return lambda document: "too_short" if len(document["text"]) < min_characters else None
-
-
-def _seen_before() -> Filter:
-    """Drop what differs from an earlier document in white space at most.
-
-    Sixteen bytes a document are kept in memory: some 100 MB for a million documents.
-    """
-    seen: set[bytes] = set()
-
-    def look(document: Document) -> str | None:
-        key = hashlib.sha256(" ".join(document["text"].split()).encode()).digest()[:16]
-        if key in seen:
-            return "duplicate"
-        seen.add(key)
-        return None
-
-    return look
 
 
 def normalise(text: str, unicode_form: Literal["NFC", "NFKC", "none"]) -> str:
@@ -141,43 +143,6 @@ def cut(text: str, limit: int) -> Iterator[str]:
         start = end
     if rest := text[start:].strip():
         yield rest
-
-
-def assign_splits(
-    documents: Iterable[Document], validation_fraction: float
-) -> Iterator[tuple[str, Document]]:
-    """Yield each document with its split: its own ``split``, else one drawn by its text's hash.
-
-    The document with the lowest hash is always held out, so that even a tiny corpus has one.
-
-    Errors:
-        BadDataError: there is nothing for one of the two.
-    """
-    held_back: tuple[float, Document] | None = None
-    splits: Counter[str] = Counter()
-    for document in documents:
-        if document.get("split") in SPLITS:
-            splits[document["split"]] += 1
-            yield document["split"], document
-            continue
-        candidate = (fraction_of(document["text"]), document)
-        if held_back is None:
-            held_back = candidate
-            continue
-        if candidate[0] < held_back[0]:
-            candidate, held_back = held_back, candidate
-        split = "validation" if candidate[0] < validation_fraction else "train"
-        splits[split] += 1
-        yield split, candidate[1]
-    if held_back is not None:
-        drawn = held_back[0] < validation_fraction or not splits["validation"]
-        splits["validation" if drawn else "train"] += 1
-        yield ("validation" if drawn else "train"), held_back[1]
-    if not splits["train"] or not splits["validation"]:
-        raise BadDataError(
-            f"{splits.total()} documents are left after cleaning, {splits['train']} to train on; "
-            "at least one must train and one be held out; give more text or loosen 'clean'"
-        )
 
 
 def fraction_of(text: str) -> float:
@@ -251,8 +216,13 @@ class DocumentWriter:
 
 def read_shards(folder: Path, prefix: str) -> Iterator[Document]:
     """Yield the documents that a :class:`DocumentWriter` wrote, in order."""
-    for path in sorted(folder.glob(f"{prefix}-*.jsonl.zst")):
+    for path in shard_paths(folder, prefix):
         yield from read_documents(path)
+
+
+def shard_paths(folder: Path, prefix: str) -> list[Path]:
+    """Return the files that a :class:`DocumentWriter` wrote, in order."""
+    return sorted(folder.glob(f"{prefix}-*.jsonl.zst"))
 
 
 def read_documents(path: Path) -> Iterator[Document]:

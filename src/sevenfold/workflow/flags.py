@@ -84,6 +84,20 @@ def _workers(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def _cluster(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where the work is done; the result is the same")
+    group.add_argument(
+        "--workers", type=_above_zero, default=1, metavar="N", help="tasks at a time (1)"
+    )
+    group.add_argument(
+        "--executor",
+        choices=("local", "ray", "slurm"),
+        default="local",
+        help="processes here (default), a Ray cluster, a Slurm queue",
+    )
+    group.add_argument("--partition", metavar="NAME", help="Slurm's; needed there")
+
+
 def _training(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     group.add_argument(
@@ -252,7 +266,7 @@ _STEPS = "sevenfold.workflow.steps"
 _SHOW = "sevenfold.workflow.show"
 _TABLE = (
     Verb("download", "01: fetch the texts", f"{_STEPS}:download", (_source, _common)),
-    Verb("clean", "02: clean and split the texts", f"{_STEPS}:clean", (_common,)),
+    Verb("clean", "02: clean and split the texts", f"{_STEPS}:clean", (_cluster, _common)),
     Verb(
         "tokenize",
         "03: train the tokenizer, pack the texts",

@@ -19,15 +19,12 @@ from sevenfold.base.records import Run
 from sevenfold.data import chat, sources, tables, tokenizer
 from sevenfold.data.clean import (
     SPLITS,
-    DocumentWriter,
-    assign_splits,
-    clean_documents,
     fraction_of,
     read_shards,
 )
-from sevenfold.data.clean_counts import CleaningCounts
 from sevenfold.data.sources import SourceConfig
 from sevenfold.workflow import tokenizing
+from sevenfold.workflow.clean import clean
 from sevenfold.workflow.contamination import INPUT, EvaluationItems
 from sevenfold.workflow.prepared import (
     SCRIPTS,
@@ -54,50 +51,6 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 VILLAGE_ROWS = {"sft": "instructions", "lora": "domain", "dpo": "preferences"}
-
-
-# --- 02 -----------------------------------------------------------------------------------------
-
-
-def clean(run: Run, recipe: Recipe) -> None:
-    """Write ``data/clean``: documents to train on and held out, no text in both.
-
-    Errors:
-        UsageError: there is no ``data/raw``.
-        BadDataError: too little is left.
-    """
-    raw = verified(run, "raw")
-    target = run.data("clean")
-    items = EvaluationItems(run, recipe)
-    inputs = {"raw": raw["fingerprint"], INPUT: items.fingerprint}
-    generated = [] if recipe.data.village is None else ["village"]
-    fraction = recipe.data.validation_fraction
-    config = settings(recipe, "clean")
-    if is_current(target, inputs, config):
-        return
-    counts = CleaningCounts()
-    documents = read_shards(run.data("raw"), "documents")
-    index = None if generated else items.index
-    kept = clean_documents(documents, recipe.clean, counts, index)
-    with storage.new_folder(target, kind="clean", inputs=inputs, config=config) as folder:
-        with (
-            DocumentWriter(folder, "train") as train,
-            DocumentWriter(folder, "validation") as validation,
-        ):
-            writers = {"train": train, "validation": validation}
-            for split, document in assign_splits(kept, fraction):
-                writers[split].write(document)
-                counts.keep(document, split)
-        total = counts.total()
-        storage.manifest_facts(
-            folder,
-            sources=raw["sources"],
-            decontaminated=items.facts(total.dropped, generated=generated),
-            **counts.facts(),
-        )
-    dropped = ", ".join(f"{n:,} {reason}" for reason, n in sorted(total.dropped.items()))
-    kept_counts = f"{total.documents['train']:,} documents and {total.documents['validation']:,}"
-    say(target, f"{kept_counts} held out; dropped: {dropped or 'none'}")
 
 
 # --- 03 -----------------------------------------------------------------------------------------

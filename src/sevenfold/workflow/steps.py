@@ -17,6 +17,7 @@ from sevenfold.base.config import to_plain
 from sevenfold.base.errors import SevenfoldError, StoppedError
 from sevenfold.base.records import Run
 from sevenfold.workflow import recipe as recipes
+from sevenfold.workflow import workers
 from sevenfold.workflow.recipe import Recipe
 from sevenfold.workflow.thresholds import require_known_gates
 
@@ -65,7 +66,7 @@ def clean(options: argparse.Namespace) -> None:
         if not _ends_dry(
             options, f"02 would clean into {job.run.data('clean')}", job.run.data("raw")
         ):
-            call("prepare", "clean")(job.run, job.recipe)
+            call("prepare", "clean")(job.run, job.recipe, workers.from_flags(options))
 
 
 def tokenize(options: argparse.Namespace) -> None:

@@ -6,44 +6,54 @@ from typing import Any
 import pytest
 
 from sevenfold.base.config import build
-from sevenfold.base.errors import BadDataError, UsageError
+from sevenfold.base.errors import UsageError
 from sevenfold.data import clean
 from sevenfold.data.clean import (
     CleanConfig,
     Document,
     DocumentWriter,
-    assign_splits,
     clean_documents,
     cut,
-    fraction_of,
     normalise,
     read_shards,
 )
 from sevenfold.data.clean_counts import CleaningCounts
 
+SETTINGS: dict[str, Any] = {
+    "min_characters": 3,
+    "document_characters": 100,
+    "unicode_form": "NFC",
+    "repair": False,
+    "languages": None,
+    "quality": (),
+    "mask_pii": False,
+    "deduplicate": "exact",
+}
+
 
 def config(**facts: Any) -> CleanConfig:
-    values = {"min_characters": 3, "document_characters": 100, "unicode_form": "NFC"}
-    return CleanConfig(**values | {"deduplicate": "exact"} | facts)
+    return CleanConfig(**SETTINGS | facts)
+
+
+def cleaned(given: list[Document], settings: CleanConfig) -> list[Document]:
+    return [piece for piece, _ in clean_documents(given, settings, CleaningCounts())]
 
 
 def documents(*texts: str) -> list[Document]:
     return [{"id": f"d{n}", "text": text, "source": "s"} for n, text in enumerate(texts)]
 
 
-def test_short_and_repeated_documents_are_dropped_and_counted() -> None:
+def test_short_documents_are_dropped_and_counted() -> None:
     counts = CleaningCounts()
-    given = documents("one two", "ab", "one  \n two", "three", " one two ")
-    kept = list(clean_documents(given, config(), counts))
-    assert [document["text"] for document in kept] == ["one two", "three"]
-    assert counts.total().documents_read == 5
-    assert counts.total().dropped == {"too_short": 1, "duplicate": 2}
-    assert counts.facts()["dropped_examples"]["duplicate"] == [
-        {"id": "d2", "begins": "one  \n two"},
-        {"id": "d4", "begins": "one two"},
+    given = documents("one two", "ab", "three", " x ")
+    kept = [piece["text"] for piece, _ in clean_documents(given, config(), counts)]
+    assert kept == ["one two", "three"]
+    assert counts.total().documents_read == 4
+    assert counts.total().dropped == {"too_short": 2}
+    assert counts.facts()["dropped_examples"]["too_short"] == [
+        {"id": "d1", "begins": "ab"},
+        {"id": "d3", "begins": "x"},
     ]
-    everything = list(clean_documents(given, config(deduplicate="none"), CleaningCounts()))
-    assert len(everything) == 4
 
 
 def test_text_is_brought_into_one_form() -> None:
@@ -58,7 +68,7 @@ def test_long_documents_are_cut_at_paragraphs() -> None:
     assert max(map(len, pieces)) <= 200
     assert min(map(len, pieces)) >= 50
     assert "\n\n".join(pieces) == "\n\n".join(paragraphs)
-    kept = list(clean_documents(documents("\n\n".join(paragraphs)), config(), CleaningCounts()))
+    kept = cleaned(documents("\n\n".join(paragraphs)), config())
     assert [document["id"] for document in kept[:2]] == ["d0#0", "d0#1"]
 
 
@@ -77,42 +87,17 @@ def test_a_paragraph_is_cut_where_it_hurts_least(text: str, first: str) -> None:
     assert "".join("".join(pieces).split()) == "".join(text.split())
 
 
-def test_the_split_follows_the_text_and_nothing_is_in_both() -> None:
-    given = documents(*(f"text number {n}" for n in range(400)))
-    splits = list(assign_splits(given, 0.1))
-    held_out = {document["text"] for split, document in splits if split == "validation"}
-    assert len(splits) == 400
-    assert held_out == {d["text"] for d in given if fraction_of(d["text"]) < 0.1}
-    assert 20 < len(held_out) < 70
-    more = list(assign_splits([*given, *documents("another")], 0.1))
-    assert held_out <= {document["text"] for split, document in more if split == "validation"}
-
-
-def test_even_two_documents_have_one_held_out() -> None:
-    splits = [split for split, _ in assign_splits(documents("one", "two"), 0.0)]
-    assert sorted(splits) == ["train", "validation"]
-
-
-def test_a_split_that_is_given_is_kept() -> None:
-    given = [
-        {"id": "a", "text": "a", "split": "train"},
-        {"id": "b", "text": "b", "split": "validation"},
-        {"id": "c", "text": "c", "split": "train"},
-    ]
-    assert [split for split, _ in assign_splits(given, 0.9)] == ["train", "validation", "train"]
-
-
-def test_too_little_text_is_refused() -> None:
-    with pytest.raises(BadDataError, match=r"1 documents are left after cleaning, 0 to train"):
-        list(assign_splits(documents("one"), 0.5))
-    with pytest.raises(BadDataError, match=r"give more text or loosen 'clean'"):
-        list(assign_splits([], 0.5))
-
-
-def test_a_minimum_near_the_cut_is_refused() -> None:
-    values = {"min_characters": 30, "document_characters": 100, "unicode_form": "NFC"}
-    with pytest.raises(UsageError, match=r"at most document_characters / 4"):
-        build(CleanConfig, values | {"deduplicate": "exact"})
+@pytest.mark.parametrize(
+    ("changed", "advice"),
+    [
+        ({"min_characters": 30}, r"at most document_characters / 4"),
+        ({"languages": []}, r"'languages' names at least one language, or is null to keep all"),
+        ({"quality": ["c4", "c4"]}, r"'quality' names each filter once"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(changed: dict[str, Any], advice: str) -> None:
+    with pytest.raises(UsageError, match=advice):
+        build(CleanConfig, SETTINGS | changed)
 
 
 def test_documents_come_back_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,14 @@ def make_recipe(**data: Any) -> Any:
     return SimpleNamespace(
         data=SimpleNamespace(**sources),
         clean=CleanConfig(
-            min_characters=1, document_characters=400, unicode_form="NFC", deduplicate="exact"
+            min_characters=1,
+            document_characters=400,
+            unicode_form="NFC",
+            repair=False,
+            languages=None,
+            quality=(),
+            mask_pii=False,
+            deduplicate="exact",
         ),
         tokenizer=TokenizerConfig(
             vocab_size=512, path=None, max_digits=1, sample_characters=10_000_000

@@ -1,0 +1,67 @@
+"""Who does the tasks of a preparation: this process, several, or a cluster."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from sevenfold.base import storage
+from sevenfold.base.errors import SevenfoldError, UsageError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workers:
+    """How many tasks are done at a time, and where; no setting, as it changes no result."""
+
+    count: int = 1
+    executor: Literal["local", "ray", "slurm"] = "local"
+    partition: str | None = None
+
+
+def from_flags(options: argparse.Namespace) -> Workers:
+    """Return what the flags ask for.
+
+    Errors:
+        UsageError: a flag would have no effect.
+    """
+    if options.partition is not None and options.executor != "slurm":
+        raise UsageError("--partition is Slurm's; add --executor slurm or leave it out")
+    return Workers(count=options.workers, executor=options.executor, partition=options.partition)
+
+
+def do_tasks(
+    perform: Callable[[int], None],
+    *,
+    name: str,
+    folders: list[Path],
+    workers: Workers,
+    logs: Path,
+) -> None:
+    """Do a task for each of ``folders``; each makes its own complete, or leaves it as it is.
+
+    Errors:
+        SevenfoldError: a task was not done; the message says where its log is.
+        UsageError: datatrove or Ray is not installed.
+    """
+    if workers.executor == "local" and workers.count == 1:
+        for task in range(len(folders)):
+            perform(task)
+        return
+    try:
+        from sevenfold.workflow import executors
+
+        executors.run_tasks(perform, name, len(folders), workers, logs)
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"--executor {workers.executor} with {workers.count} workers needs the package "
+            f"'{error.name}'; pip install 'sevenfold[data]'"
+        ) from None
+    missing = [folder for folder in folders if not (folder / storage.MANIFEST).is_file()]
+    if missing:
+        raise SevenfoldError(
+            f"{len(missing)} of {len(folders)} tasks of '{name}' were not done, the first in "
+            f"{missing[0]}; see the logs in {logs}, then run the same command again to go on"
+        )
