@@ -10,17 +10,19 @@ from sevenfold.base.config import fingerprint
 from sevenfold.base.errors import BadDataError
 from sevenfold.base.records import Run, package_versions
 from sevenfold.data import cleaning
+from sevenfold.data.clean import CleanConfig
+from sevenfold.data.quality import language_filter
 from sevenfold.workflow.contamination import INPUT, EvaluationItems
 from sevenfold.workflow.prepared import is_current, say, settings, verified
 from sevenfold.workflow.recipe import Recipe
-from sevenfold.workflow.workers import Workers, do_tasks
+from sevenfold.workflow.workers import Workers, do_tasks, require_package
 
 
 def clean(run: Run, recipe: Recipe, workers: Workers | None = None) -> None:
     """Write ``data/clean``: documents to train on and held out, no text in both.
 
     Errors:
-        UsageError: there is no ``data/raw``.
+        UsageError: there is no ``data/raw``; a package that a setting asks for is not installed.
         BadDataError: too little is left.
     """
     raw = verified(run, "raw")
@@ -36,6 +38,7 @@ def clean(run: Run, recipe: Recipe, workers: Workers | None = None) -> None:
             storage.remove_folder(left)
     if current:
         return
+    _require_packages(recipe.clean)
     job = cleaning.Cleaning(
         raw=run.data("raw"),
         work=work,
@@ -63,6 +66,21 @@ def clean(run: Run, recipe: Recipe, workers: Workers | None = None) -> None:
     dropped = ", ".join(f"{n:,} {reason}" for reason, n in sorted(total.dropped.items()))
     kept_counts = f"{total.documents['train']:,} documents and {total.documents['validation']:,}"
     say(target, f"{kept_counts} held out; dropped: {dropped or 'none'}")
+
+
+def _require_packages(config: CleanConfig) -> None:
+    wanted = {
+        "repair": ("ftfy", config.repair),
+        "languages": ("py3langid", config.languages is not None),
+        "quality": ("datatrove", bool(config.quality)),
+        "mask_pii": ("datatrove", config.mask_pii),
+        "deduplicate": ("rensa", config.deduplicate == "minhash"),
+    }
+    for setting, (package, is_wanted) in wanted.items():
+        if is_wanted:
+            require_package(package, f"clean.{setting}")
+    if config.languages is not None:
+        language_filter(config.languages)  # names a code that does not exist before work begins
 
 
 def _do_cleaning(job: cleaning.Cleaning, workers: Workers) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -32,6 +33,19 @@ def from_flags(options: argparse.Namespace) -> Workers:
     return Workers(count=options.workers, executor=options.executor, partition=options.partition)
 
 
+def require_package(name: str, wanted_by: str) -> None:
+    """Refuse what needs a package of the extra ``data`` that is not installed.
+
+    Errors:
+        UsageError: with the command that installs it.
+    """
+    if importlib.util.find_spec(name) is None:
+        raise UsageError(
+            f"{wanted_by} needs the package '{name}', which is not installed; "
+            "pip install 'sevenfold[data]'"
+        )
+
+
 def do_tasks(
     perform: Callable[[int], None],
     *,
@@ -50,15 +64,12 @@ def do_tasks(
         for task in range(len(folders)):
             perform(task)
         return
-    try:
-        from sevenfold.workflow import executors
+    require_package("datatrove", f"--workers {workers.count} --executor {workers.executor}")
+    if workers.executor == "ray":
+        require_package("ray", "--executor ray")
+    from sevenfold.workflow import executors
 
-        executors.run_tasks(perform, name, len(folders), workers, logs)
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"--executor {workers.executor} with {workers.count} workers needs the package "
-            f"'{error.name}'; pip install 'sevenfold[data]'"
-        ) from None
+    executors.run_tasks(perform, name, len(folders), workers, logs)
     missing = [folder for folder in folders if not (folder / storage.MANIFEST).is_file()]
     if missing:
         raise SevenfoldError(
