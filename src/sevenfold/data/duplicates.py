@@ -147,10 +147,14 @@ def _repetitions(folders: Sequence[Path], order: NDArray[np.intp], *, near: bool
     if not near:
         return copies
     for band in range(NUM_BANDS):
-        column = _joined(folders, "bands.npy", band)[order]
-        _join_groups(first, _first_alike(np.argsort(column, kind="stable"), column))
+        join_alike(first, _joined(folders, "bands.npy", band)[order])
     copies[(first < np.arange(len(order))) & (copies == 0)] = NEAR_DUPLICATE
     return copies
+
+
+def join_alike(first: NDArray[np.int64], column: NDArray[np.uint64]) -> None:
+    """Join the groups of pieces with the same number; ``first`` names each group's first piece."""
+    _join_groups(first, _first_alike(np.argsort(column, kind="stable"), column))
 
 
 def _first_alike(ascending: NDArray[np.intp], *columns: NDArray[np.uint64]) -> NDArray[np.int64]:

@@ -27,7 +27,7 @@ from sevenfold.data.random_rows import RandomRows
 from sevenfold.train import checkpoint, loop, optimizer, parallel, planner, resuming
 from sevenfold.train.config import ContextPhase, TrainConfig
 from sevenfold.train.watching import OTHER, WAIT, Stopwatch, totals
-from sevenfold.workflow import bench_data, planning, steps, training, trial, workbench
+from sevenfold.workflow import bench_data, bench_dedup, planning, steps, training, trial, workbench
 from sevenfold.workflow import recipe as recipes
 from sevenfold.workflow.flags import DATA_BENCHMARKS
 from sevenfold.workflow.recipe import Recipe
@@ -41,6 +41,7 @@ LEAST_STEPS = {"checkpoint": trial.WARM_UP + 2}
 FOLDER = ".bench-checkpoints"
 # Where a checkpoint is saved before the one that is measured: the second reuses pinned memory.
 NUM_SAVES = 2
+DEDUP_SEED = 7
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,10 +65,14 @@ def bench(options: argparse.Namespace) -> None:
         UsageError: a flag means nothing for what is measured.
         SevenfoldError: as in `trial.measure`.
     """
+    _require_sense(options)
     if options.what in DATA_BENCHMARKS:
         bench_data.bench(options)
         return
-    _require_sense(options)
+    if options.what == "dedup":
+        for found in bench_dedup.dedup(options.source, DEDUP_SEED):
+            console.print_raw(json.dumps(found) + "\n")
+        return
     if steps.on_all_gpus(_arguments(options)):
         return
     folder = options.folder / FOLDER
@@ -112,7 +117,13 @@ def _require_sense(options: argparse.Namespace) -> None:
     """Refuse flags that would have no effect."""
     if options.what == "resume" and options.steps is not None:
         raise UsageError("--steps means nothing to bench resume, which does one step; leave it out")
-    most = {"optimizer": 0, "checkpoint": 1, "resume": 1}.get(options.what, len(options.length))
+    if options.what == "dedup" and options.steps is not None:
+        raise UsageError("--steps means nothing to bench dedup, which reads texts; leave it out")
+    if options.what not in ("dedup", *DATA_BENCHMARKS) and options.source:
+        raise UsageError(f"--source means nothing to bench {options.what}; leave it out")
+    most = {"dedup": 0, "optimizer": 0, "checkpoint": 1, "resume": 1}.get(
+        options.what, len(options.length)
+    )
     if len(options.length) > most:
         raise UsageError(
             f"--length is given {len(options.length)} times; bench {options.what} takes it {most} "

@@ -220,7 +220,7 @@ def _selftest(parser: argparse.ArgumentParser) -> None:
 
 
 DATA_BENCHMARKS = ("tokenize", "pack", "load")
-BENCHMARKS = (*GATED_STAGES, "checkpoint", "resume", "optimizer", *DATA_BENCHMARKS)
+BENCHMARKS = (*GATED_STAGES, "checkpoint", "resume", "optimizer", "dedup", *DATA_BENCHMARKS)
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:
@@ -244,7 +244,7 @@ def _bench(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="on the disk that is measured (runs); nothing is left there",
     )
-    group = parser.add_argument_group("|".join(DATA_BENCHMARKS))
+    group = parser.add_argument_group("|".join(("dedup", *DATA_BENCHMARKS)))
     _source(group)
     _workers(group)
     group.add_argument(
