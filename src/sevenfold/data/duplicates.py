@@ -29,6 +29,7 @@ SHINGLE_WORDS = 5
 
 _WORD = re.compile(r"\w+")
 _SEED = 1
+_BATCH_PIECES = 1024
 # Odd 64-bit numbers: sums of products with them, modulo 2^64, keep different runs apart.
 _FACTORS = np.random.Generator(np.random.PCG64(_SEED)).integers(
     2**63, 2**64 - 1, size=max(SHINGLE_WORDS, BAND_ROWS), dtype=np.uint64
@@ -44,6 +45,7 @@ class Keys:
         self._fractions: list[float] = []
         self._given: list[int] = []
         self._signatures: list[list[int]] = []
+        self._bands: list[NDArray[np.uint64]] = []
         self._sign = signer() if near else None
 
     def add(self, text: str, fraction: float, split: str | None) -> None:
@@ -54,6 +56,8 @@ class Keys:
         self._given.append({"train": TRAIN, "validation": VALIDATION}.get(str(split), UNDECIDED))
         if self._sign is not None:
             self._signatures.append(self._sign(text))
+            if len(self._signatures) == _BATCH_PIECES:
+                self._put_into_bands()
 
     def write(self, folder: Path) -> None:
         """Write the numbers into ``folder``."""
@@ -62,7 +66,13 @@ class Keys:
         storage.write_array(folder / "fractions.npy", np.array(self._fractions, np.float64))
         storage.write_array(folder / "given.npy", np.array(self._given, np.int8))
         if self._sign is not None:
-            storage.write_array(folder / "bands.npy", bands(self._signatures))
+            self._put_into_bands()
+            storage.write_array(folder / "bands.npy", np.concatenate(self._bands, axis=1))
+
+    def _put_into_bands(self) -> None:
+        """Keep 112 bytes of each signature instead of 112 numbers of Python's."""
+        self._bands.append(bands(self._signatures))
+        self._signatures = []
 
 
 def signer() -> Callable[[str], list[int]]:
@@ -113,7 +123,7 @@ def decide(
     A piece is held out if its source says so, else if the number drawn from its text is below
     ``validation_fraction``; if that leaves none, the one with the lowest number is.
 
-    Some 60 bytes a piece are held at a time, one band after the other.
+    Some 85 bytes a piece are held at a time, one band after the other.
 
     Errors:
         BadDataError: there is nothing for one of the two splits.
