@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ftfy
+import numpy as np
 import pytest
 
 from sevenfold.base.errors import UsageError
@@ -89,3 +90,27 @@ def test_c4_takes_lines_out_of_what_it_keeps() -> None:
     (look,) = quality.quality_filters(["c4"])
     assert look(given) is None
     assert given["text"] == PROSE.replace("\n\n", "\n")
+
+
+def test_repetition_is_judged_as_by_datatrove() -> None:
+    """The quick bounds settle most texts, and never what datatrove would drop."""
+    from datatrove.data import Document
+    from datatrove.pipeline.filters import GopherRepetitionFilter
+
+    random = np.random.default_rng(11)
+    vocabulary = np.array([f"w{'xyz'[n % 3] * (n % 7)}{n}" for n in range(400)])
+    judge = quality._RepetitionJudge(quality._word_splitter())
+    slow = GopherRepetitionFilter(language=quality._word_splitter())
+    verdicts, settled = [], 0
+    for number in range(400):
+        words = list(random.choice(vocabulary, random.integers(5, 300)))
+        for _ in range(number % 8):  # a run of some words once more, somewhere
+            start, count = random.integers(len(words)), random.integers(1, 14)
+            place = random.integers(len(words))
+            words[place:place] = words[start : start + count]
+        document = Document(text=" ".join(words), id="a")
+        verdicts.append(slow.filter(document))
+        assert judge.filter(document) == verdicts[-1]
+        settled += judge._repeats_little(document.text)
+    assert 100 < sum(verdict is not True for verdict in verdicts) < 300
+    assert settled > 100
