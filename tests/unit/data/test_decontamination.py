@@ -123,11 +123,18 @@ def test_fewer_than_eight_words_are_refused() -> None:
 
 def test_a_document_that_holds_an_item_is_dropped_and_counted_by_task(items: ItemIndex) -> None:
     config = CleanConfig(
-        min_characters=3, document_characters=4000, unicode_form="NFC", deduplicate="exact"
+        repair=False,
+        unicode_form="NFC",
+        document_characters=4000,
+        min_characters=3,
+        languages=None,
+        quality=(),
+        mask_pii=False,
+        deduplicate="exact",
     )
     texts = ["A clean document.", SURROUNDED.format(LONG), SURROUNDED.format(SENTENCE)]
     documents = [{"id": f"d{n}", "text": text, "source": "s"} for n, text in enumerate(texts)]
     counts = CleaningCounts()
     kept = list(clean_documents(documents, config, counts, items))
-    assert [document["id"] for document in kept] == ["d0"]
-    assert counts.dropped == {"contaminated_by_sums": 1, "contaminated_by_safety": 1}
+    assert [document["id"] for document, _ in kept] == ["d0"]
+    assert counts.total().dropped == {"contaminated_by_sums": 1, "contaminated_by_safety": 1}
