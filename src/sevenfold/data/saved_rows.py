@@ -131,7 +131,7 @@ def write_rows(
         for row in rows:
             fractions.append(fraction_of(row.key))
             weights.append(row.weight)
-            length = sum(len(v) for v in row.columns.values() if not isinstance(v, str))
+            length = sum(len(v) for name, v in row.columns.items() if name.endswith("_ids"))
             counts.rows[row.columns["source"]] += 1
             counts.tokens[row.columns["source"]] += length
             yield row.columns

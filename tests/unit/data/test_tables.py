@@ -108,6 +108,8 @@ def test_long_rows_are_shortened_and_silent_ones_dropped(tmp_path: Path, tokeniz
     assert facts["counts"]["truncated"] == 2
     assert facts["counts"]["dropped"] == {"no_answer_within_max_length": 1}
     assert facts["rows"] + facts["validation_rows"] == 21
+    ids = [*load(tmp_path / "rows")["input_ids"], *load(tmp_path / "validation")["input_ids"]]
+    assert facts["tokens"] == sum(map(len, ids))
     every = [*load(tmp_path / "rows")["input_ids"], *load(tmp_path / "validation")["input_ids"]]
     assert max(map(len, every)) == 64
 
