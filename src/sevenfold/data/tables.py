@@ -44,8 +44,8 @@ def write_conversations(
 ) -> dict[str, Any]:
     """Write ``rows`` and ``validation`` with ``input_ids``, ``loss_mask``, ``source``.
 
-    ``items`` are those of the evaluation, which no row may hold; rows of ``generated`` sources
-    are known to hold none.
+    ``items`` are those of the evaluation, which no row may hold; ``generated`` sources, made
+    together with the items, are not searched.
 
     Returns:
         The manifest's facts: counts and sources.
@@ -102,7 +102,7 @@ def _sources(sources: Sequence[SourceConfig], counts: RowCounts) -> list[dict[st
 class _Search:
     """Says which rows are left out: for an item of the evaluation, or by the rules.
 
-    Rows of the generated sources hold no items.
+    The generated sources are not searched for items.
     """
 
     items: ItemIndex | None

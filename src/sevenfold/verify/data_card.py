@@ -164,7 +164,7 @@ def _total(value: Any) -> float | None:
 class Search:
     """How a folder was searched for the evaluation's items; ``index`` is empty where it was not.
 
-    ``generated`` names sources that hold none by construction and were not searched.
+    ``generated`` names sources that were made together with the items, and not searched.
     """
 
     label: str
@@ -183,7 +183,7 @@ def searches(run: Run) -> list[Search]:
         if manifest is None:
             continue
         facts = _mapping(manifest.get("decontaminated"))
-        generated = facts.get("held_out_by_generator")
+        generated = facts.get("generated")
         found.append(
             Search(
                 label=DATA_FOLDERS[folder],

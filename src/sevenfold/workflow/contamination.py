@@ -1,7 +1,7 @@
 """The evaluation's items against what is trained on: looked for before, and judged after.
 
-Data that the village's generator made hold none of its own items, by construction, and are not
-searched; whatever else is trained on is searched for the items of every task.
+The village's generator makes both its data and its items, and decides what of them is held out, so
+its data are not searched; whatever else is trained on is searched for the items of every task.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class EvaluationItems:
             for reason, count in sorted(dropped.items())
             if reason.startswith(REASON)
         }
-        return {**facts, "removed": found, "held_out_by_generator": sorted(generated)}
+        return {**facts, "removed": found, "generated": sorted(generated)}
 
 
 def _searchable(run: Run, tasks: Sequence[TaskConfig]) -> Iterator[TaskConfig]:

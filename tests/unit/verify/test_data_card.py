@@ -36,7 +36,7 @@ def run(tmp_path: Path) -> Run:
         },
         "code": {"documents_read": 40, "documents": {"train": 40}, "dropped": {}},
     }
-    searched = {**SEARCHED, "removed": {"arc": 2}, "held_out_by_generator": []}
+    searched = {**SEARCHED, "removed": {"arc": 2}, "generated": []}
     write(made, "clean", by_source=counts, decontaminated=searched)
     write(made, "packed", tokens_by_source={"web": {"train": 800, "validation": 20}})
     rows = {"talks": {"rows_read": 9, "rows": 7, "tokens": 70, "dropped": {"tie": 2}}}

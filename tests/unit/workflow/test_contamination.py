@@ -130,12 +130,12 @@ def test_the_villages_own_data_are_not_searched_and_others_beside_them_are(
     for step in ("clean", "tokenize_and_pack", "prepare_sft"):
         getattr(prepare, step)(run, recipe)
     clean = storage.read_manifest(run.data("clean"))["decontaminated"]
-    assert clean["held_out_by_generator"] == ["village"]
+    assert clean["generated"] == ["village"]
     assert set(clean["tasks"]) == {"village_facts"}
     lora = storage.read_manifest(run.data("lora"))["decontaminated"]
-    assert (lora["held_out_by_generator"], lora["removed"]) == (["village"], {})
+    assert (lora["generated"], lora["removed"]) == (["village"], {})
     sft = storage.read_manifest(run.data("sft"))["decontaminated"]
-    assert (sft["held_out_by_generator"], sft["removed"]) == ([], {"village_facts": 1})
+    assert (sft["generated"], sft["removed"]) == ([], {"village_facts": 1})
 
 
 def test_a_source_that_calls_itself_the_village_is_searched(
