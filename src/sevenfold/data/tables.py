@@ -147,6 +147,10 @@ def _each_row(
             counts.reject(row.where, BadDataError(located))
             continue
         yield from converted
+    if not counts.rows_read[source.name]:
+        raise BadDataError(
+            f"{source.location}: not one row; give files that hold rows, or leave the source out"
+        )
 
 
 # --- conversations ------------------------------------------------------------------------------

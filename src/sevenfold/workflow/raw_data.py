@@ -73,9 +73,12 @@ def _gather(
         ) as writer:
             for document in drawn:
                 writer.write(document)
-        if not drawn.num_documents:
-            named = ", ".join(source.location for source in recipe.data.sources)
-            raise BadDataError(f"{named}: not one document; give files that hold text")
+        for source in drawn.facts():
+            if not source["documents"]:
+                raise BadDataError(
+                    f"{source['location']}: not one document; give files that hold text, or "
+                    "leave the source out"
+                )
         for path in sorted(unfinished.folder.glob("documents-*"))[len(unfinished.files) :]:
             note(path.name)
     facts: dict[str, Any] = {"documents": drawn.num_documents, "sources": drawn.facts()}

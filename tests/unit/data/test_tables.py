@@ -234,3 +234,14 @@ def test_a_replayed_row_must_end_with_an_answer(tmp_path: Path, tokenizer: Any) 
         )
         with pytest.raises(BadDataError, match=r"b\.jsonl:1: replay rows are conversations that"):
             write_preferences(tmp_path, tokenizer, given)
+
+
+@pytest.mark.parametrize("write", [write_conversations, write_preferences])
+def test_an_empty_source_is_named_also_beside_others(
+    tmp_path: Path, tokenizer: Any, write: Any
+) -> None:
+    rows = [{**q, **p} for q, p in zip(questions(9), preferences(9), strict=True)]
+    full = source(tmp_path / "full.jsonl", rows)
+    empty = source(tmp_path / "empty.jsonl", [], name="empty")
+    with pytest.raises(BadDataError, match=r"empty\.jsonl: not one row; .* leave the source out"):
+        write(tmp_path, tokenizer, pairs_config(full, empty))

@@ -192,3 +192,28 @@ def test_where_the_disk_knows_no_links_files_are_copied(
     monkeypatch.setattr(os, "link", refuse)
     raw_data.download(run, recipe)
     assert storage.verify_folder(run.data("raw"))["documents"] == len(texts(run))
+
+
+def test_an_empty_source_beside_others_is_named(run: Run, recipe: Any, tmp_path: Path) -> None:
+    (tmp_path / "code.jsonl").write_text("")
+    with pytest.raises(BadDataError, match=r"code\.jsonl: not one document; .* leave the source"):
+        raw_data.download(run, recipe)
+    assert not leftover(run).exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "advice"),
+    [
+        ("Grüße".encode("latin-1"), r"a\.txt:1:3: byte 0xfc is not UTF-8; convert the file"),
+        ("One\nTwo".encode("utf-16"), r"a\.txt:1:1: byte 0xff is not UTF-8; convert the file"),
+        (b"One\nT\0wo", r"a\.txt:2:2: found a NUL byte; remove it"),
+    ],
+)
+def test_another_encoding_is_named_with_line_and_byte(
+    run: Run, tmp_path: Path, data: bytes, advice: str
+) -> None:
+    (tmp_path / "a.txt").write_bytes(data)
+    source = SourceConfig(name="a", path=str(tmp_path / "a.txt"), licence="cc0")
+    with pytest.raises(BadDataError, match=advice):
+        raw_data.download(run, make_recipe(sources=(source,), village=None))
+    assert not run.data("raw").exists()
