@@ -11,7 +11,7 @@ import pytest
 from sevenfold.base import storage
 from sevenfold.base.errors import BadDataError, UsageError
 from sevenfold.base.records import Run, Source
-from sevenfold.workflow import prepare, prepared, training
+from sevenfold.workflow import contamination, prepare, prepared, training
 
 RECIPE: Any = types.SimpleNamespace()
 
@@ -20,6 +20,7 @@ RECIPE: Any = types.SimpleNamespace()
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run with a tokenizer, rows made with it, and a stage trained with it."""
     monkeypatch.setattr(prepared, "settings", lambda recipe, name: {})
+    monkeypatch.setattr(contamination, "require_searched", lambda run, recipe, name: None)
     made = Run(folder=tmp_path / "run", facts={"preset": "demo"})
     write_tokenizer(made, "first")
     known = storage.read_manifest(made.tokenizer)["fingerprint"]
@@ -43,6 +44,15 @@ def source(run: Run, stage: str) -> Source:
 def test_rows_and_model_of_one_tokenizer_are_opened(run: Run) -> None:
     found = training.open_rows(run, RECIPE, "sft", source(run, "pretrain"))
     assert found == storage.read_manifest(run.data("sft"))["fingerprint"]
+
+
+def test_rows_that_were_not_searched_are_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(run: Run, recipe: Any, name: str) -> None:
+        raise UsageError(f"{name}: not searched")
+
+    monkeypatch.setattr(contamination, "require_searched", refuse)
+    with pytest.raises(UsageError, match="sft: not searched"):
+        training.open_rows(run, RECIPE, "sft", source(run, "pretrain"))
 
 
 @pytest.mark.fault("C12")
