@@ -72,7 +72,7 @@ def test_an_item_is_found_as_it_was_published(tmp_path: Path, case: str) -> None
 def test_items_that_are_not_drawn_are_looked_for_too(tmp_path: Path) -> None:
     path = tmp_path / "items.jsonl"
     rows = [
-        {"id": f"{n}", "prompt": f"Where does path {n} lead?", "unsafe": True} for n in range(9)
+        {"id": f"{n}", "prompt": f"Where does path {n} lead?", "unsafe": True} for n in (1, 2, 3)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     made = index_of(TaskConfig(name="task", kind="safety", max_items=2), path)
