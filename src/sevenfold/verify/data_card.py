@@ -14,6 +14,8 @@ from sevenfold.verify.lineage import (
     read_record_if_there,
 )
 
+# Reasons that are about other documents or rows; repetition within one (Gopher's) is none of them.
+DUPLICATES = ("duplicate", "near_duplicate", "near_duplicate_prompt")
 AMOUNTS = ("documents", "rows", "tokens", "bytes")
 LEFT_OUT = ("rejected", "truncated")
 
@@ -135,7 +137,7 @@ def by_source(run: Run) -> list[SourceCounts]:
 
 def _source_counts(name: str, label: str, facts: Mapping[str, Any]) -> SourceCounts:
     dropped = _numbers(facts.get("dropped"))
-    repeated = {reason: n for reason, n in dropped.items() if "duplicate" in reason}
+    repeated = {reason: n for reason, n in dropped.items() if reason in DUPLICATES}
     read = next((facts[key] for key in ("documents_read", "rows_read") if key in facts), None)
     kept = next((facts[key] for key in ("documents", "rows") if key in facts), None)
     return SourceCounts(

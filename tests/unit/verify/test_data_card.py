@@ -31,7 +31,13 @@ def run(tmp_path: Path) -> Run:
         "web": {
             "documents_read": 100,
             "documents": {"train": 80, "validation": 2},
-            "dropped": {"too_short": 5, "duplicate": 4, "near_duplicate": 6, "language_de": 3},
+            "dropped": {
+                "too_short": 5,
+                "duplicate": 4,
+                "near_duplicate": 6,
+                "language_de": 3,
+                "gopher_duplicated_5_n_grams": 2,
+            },
             "pii": {"email": 9, "ip": 0},
         },
         "code": {"documents_read": 40, "documents": {"train": 40}, "dropped": {}},
@@ -50,7 +56,8 @@ def test_each_source_is_counted(run: Run) -> None:
         "web", "clean text", 100, 82, 820,
     )  # fmt: skip
     assert web.duplicates == 10
-    assert web.dropped == {"too_short": 5, "language_de": 3}
+    repeats = {"gopher_duplicated_5_n_grams": 2}  # of its own words, not of another document
+    assert web.dropped == {"too_short": 5, "language_de": 3, **repeats}
     assert web.personal == {"email": 9}
     assert (code.kept, code.tokens, code.dropped) == (40, None, {})
     assert (talks.read, talks.kept, talks.tokens, talks.dropped) == (9, 7, 70, {"tie": 2})
