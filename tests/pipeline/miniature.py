@@ -109,7 +109,7 @@ def recipe() -> dict[str, Any]:
             "max_digits": 3,
             "sample_characters": 200000,
         },
-        "pack": {"row_length": 128, "dtype": "uint16"},
+        "pack": {"row_length": 128, "dtype": "uint16", "strategy": "concatenate"},
         "init": {"std": 0.06, "scale_residual": False, "dtype": "float32"},
         "kernels": {"liger": False, "cce": False},
         "pretrain": training(12, 5e-3, [(32, 0.4), (128, 1.0)]),
