@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +139,18 @@ def test_counts_are_kept_by_source_and_add_up() -> None:
     ]  # fmt: skip
     first.add(second.facts())
     assert first.facts() == facts
+
+
+def test_plain_settings_import_nothing_slow() -> None:
+    program = f"""
+import sys
+from sevenfold.data import cleaning, clean_counts
+from sevenfold.data.clean import CleanConfig, clean_documents
+from sevenfold.workflow import clean, workers
+given = [{{"id": "a", "text": "Tom has a hat.", "source": "s"}}]
+list(clean_documents(given, CleanConfig(**{SETTINGS!r}), clean_counts.CleaningCounts()))
+workers.do_tasks(str, name="", folders=[], workers=workers.Workers(), logs=None)
+print(sorted({{"datatrove", "ftfy", "py3langid", "ray", "rensa", "spacy"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr

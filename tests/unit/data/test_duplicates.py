@@ -99,6 +99,13 @@ def test_groups_are_closed(tmp_path: Path) -> None:
     assert fates(tmp_path, given, splits=splits) == [V, T, *[N] * (len(chain) - 1)]
 
 
+def test_groups_that_touch_later_become_one() -> None:
+    first = np.arange(4)
+    for column in ([1, 2, 2, 3], [5, 6, 5, 7]):
+        duplicates.join_alike(first, np.array(column, np.uint64))
+    assert list(first) == [0, 0, 0, 3]
+
+
 def test_the_outcome_is_the_same_in_any_number_of_shards(tmp_path: Path) -> None:
     texts = [text(n % 40) for n in range(90)]
     texts = [t if n % 3 else changed(t, range(n % 5)) for n, t in enumerate(texts)]

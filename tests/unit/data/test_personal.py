@@ -42,6 +42,7 @@ def test_personal_data_are_masked_and_counted(
     [
         "In 1914-1918 and 2001-2002, pages 212-555 and 1,234,567,890.",
         "ISBN 978-3-16-148410-0; 192.168.0.1 and 127.0.0.1 are nobody's",
+        "coordinates +12 34 56 and +123 4444 4444 4444 4444, part A212-555-0147",
         "3.141592653589793 and 2024-05-17 12:30:45, 0.1234 5678",
         "He said: password: correct horse battery staple",
         "token = tokenizer.convert_tokens_to_ids",

@@ -205,7 +205,10 @@ def test_what_was_done_before_a_stop_is_not_done_again(
         examined.append(job.is_done(task, "examined"))
         if task == 3 and not any(examined):
             raise KeyboardInterrupt
+        manifest = job.part(task, "examined") / storage.MANIFEST
+        before = manifest.stat().st_ino if examined[-1] else None
         real(job, task)
+        assert before in (None, manifest.stat().st_ino)
 
     real = prepare.clean.__globals__["cleaning"].examine
     monkeypatch.setattr(prepare.clean.__globals__["cleaning"], "examine", examine)
@@ -214,6 +217,26 @@ def test_what_was_done_before_a_stop_is_not_done_again(
     prepare.clean(run, wanted)
     assert examined == [False] * 4 + [True] * 3 + [False] * 3
     assert fingerprint(run) == fingerprint(cleaned[0])
+
+
+def test_what_a_stop_left_is_cleared_away(
+    cleaned: tuple[Run, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, wanted = beside(cleaned, tmp_path / "run")
+
+    def left() -> list[str]:
+        return sorted(path.name[:9] for path in run.data("raw").parent.iterdir())
+
+    with monkeypatch.context() as patched:  # as if killed before the work folder is removed
+        patched.setattr(storage, "remove_folder", lambda _: None)
+        prepare.clean(run, wanted)
+    assert left() == [".cleaning", "clean", "raw"]
+    prepare.clean(run, wanted)
+    assert left() == ["clean", "raw"]
+    storage.write_text(run.data("raw").parent / ".cleaning-of-other-settings/a", "")
+    shutil.rmtree(run.data("clean"))
+    prepare.clean(run, wanted)
+    assert left() == ["clean", "raw"]
 
 
 @pytest.mark.parametrize(
