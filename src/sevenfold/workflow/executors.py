@@ -5,8 +5,10 @@ Imported only where such are asked for: datatrove takes seconds to import.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +31,7 @@ from sevenfold.workflow.workers import Workers
 logger.disable("datatrove")
 
 MEMORY_GB = 4
+PR_SET_PDEATHSIG = 1
 SLURM_TIME = "24:00:00"
 
 
@@ -69,7 +72,18 @@ def run_tasks(
     elif workers.executor == "slurm":
         _run_on_slurm(_slurm(facts, workers, name))
     else:
+        os.register_at_fork(after_in_child=_end_with_parent)
         LocalPipelineExecutor(workers=workers.count, **facts).run()
+
+
+def _end_with_parent() -> None:
+    """Let the kernel end this process with the one that forked it, however that ends.
+
+    The executor forks a process that counts its tasks. It would live on for ever after a kill -9,
+    and hold the run's lock. The workers are no forks of ours; they end when their pipe does.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _run_on_ray(executor: Any, workers: Workers) -> None:

@@ -6,7 +6,9 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from tests.unit.workflow.forked import was_killed
 from tests.unit.workflow.test_prepare import make_recipe
 
 from sevenfold.base import storage
-from sevenfold.base.errors import SevenfoldError, UsageError
+from sevenfold.base.errors import RunInUseError, SevenfoldError, UsageError
 from sevenfold.base.records import Run
 from sevenfold.data import clean as documents
 from sevenfold.data.clean import CleanConfig, read_shards
@@ -306,6 +308,41 @@ def test_what_a_task_says_in_another_process_comes_out(
     with pytest.raises(SevenfoldError, match="task 0: the disk is full; make room"):
         do(Workers(count=2), tmp_path, refuse)
     assert "Traceback" not in capfd.readouterr().err
+
+
+SLEEPERS = """
+import sys, time
+from pathlib import Path
+from sevenfold.base import storage
+from sevenfold.workflow import workers
+if __name__ == "__main__":
+    run = Path(sys.argv[1])
+    with storage.lock_run(run):
+        asked = workers.Workers(count=2)
+        folders = [run / str(n) for n in range(60)]
+        workers.do_tasks(time.sleep, name="s", folders=folders, workers=asked, logs=run / "logs")
+"""
+
+
+def test_killed_with_its_workers_it_leaves_the_run_unlocked(tmp_path: Path) -> None:
+    script, run = tmp_path / "sleepers.py", tmp_path / "run"
+    script.write_text(SLEEPERS, encoding="utf-8")
+    source = str(Path(__file__).parents[3] / "src")
+    with subprocess.Popen(
+        [sys.executable, str(script), str(run)],
+        env=os.environ | {"PYTHONPATH": source},
+        stderr=subprocess.DEVNULL,
+    ) as running:
+        deadline = time.monotonic() + 60
+        while not (run / "logs/completions/00000").exists():  # one has ended, others sleep
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        with pytest.raises(RunInUseError), storage.lock_run(run):
+            pass
+        running.kill()
+    time.sleep(0.5)
+    with storage.lock_run(run):
+        pass
 
 
 def test_slurm_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
