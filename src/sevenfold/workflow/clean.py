@@ -38,7 +38,7 @@ def clean(run: Run, recipe: Recipe, workers: Workers | None = None) -> None:
             storage.remove_folder(left)
     if current:
         return
-    _require_packages(recipe.clean)
+    require_packages(recipe.clean)
     job = cleaning.Cleaning(
         raw=run.data("raw"),
         work=work,
@@ -68,7 +68,12 @@ def clean(run: Run, recipe: Recipe, workers: Workers | None = None) -> None:
     say(target, f"{kept_counts} held out; dropped: {dropped or 'none'}")
 
 
-def _require_packages(config: CleanConfig) -> None:
+def require_packages(config: CleanConfig) -> None:
+    """Refuse settings that need what is not there, before any work begins.
+
+    Errors:
+        UsageError: a package is not installed, or a language does not exist.
+    """
     wanted = {
         "repair": ("ftfy", config.repair),
         "languages": ("py3langid", config.languages is not None),
@@ -80,7 +85,7 @@ def _require_packages(config: CleanConfig) -> None:
         if is_wanted:
             require_package(package, f"clean.{setting}")
     if config.languages is not None:
-        language_filter(config.languages)  # names a code that does not exist before work begins
+        language_filter(config.languages)
 
 
 def _do_cleaning(job: cleaning.Cleaning, workers: Workers) -> None:

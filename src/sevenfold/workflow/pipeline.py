@@ -76,6 +76,8 @@ def run_all(options: argparse.Namespace) -> None:
         if options.dry_run:
             steps.dry_run(job, stages, options)
             return
+        if any(step.verb == "clean" for step in chosen):
+            steps.call("clean", "require_packages")(job.recipe.clean)
         require_items(job.recipe, stages)
         for stage in stages:
             gates.checks(job.run.preset, stage)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from sevenfold.base.errors import (
 )
 from sevenfold.base.records import GATED_STAGES, Run
 from sevenfold.verify import report
-from sevenfold.workflow import cli, pipeline, steps
+from sevenfold.workflow import clean, cli, pipeline, steps
 
 ALL = [
     "download", "clean", "tokenize_and_pack", "initialize",
@@ -48,6 +49,9 @@ class Workshop:
         return run.folder / "report.html"
 
     def call(self, module: str, function: str) -> Callable[..., Any]:
+        if function == "require_packages":
+            return clean.require_packages
+
         def perform(run: Run, recipe: Any, *rest: Any) -> None:
             judged = module == "evaluation"
             self.done.append(f"{function} {rest[0]}" if judged else function)
@@ -220,6 +224,20 @@ def test_a_misspelt_gate_stops_before_anything_is_done(
     assert cli.execute(["run", "--gates", str(gates)]) == 2
     assert "did you mean 'village_facts'" in capsys.readouterr().err
     assert workshop.done == []
+
+
+def test_a_missing_package_stops_before_anything_is_done(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Texts are cleaned after they were fetched, which may take days."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "rensa" else found(n))
+    asked = ["run", "--set", "clean.deduplicate=minhash"]
+    assert cli.execute(asked) == 2
+    said = capsys.readouterr().err
+    assert "clean.deduplicate needs the package 'rensa', which is not installed; pip" in said
+    assert workshop.done == []
+    assert cli.execute([*asked, "--from", "tokenize", "--until", "tokenize"]) == 0
 
 
 def test_missing_items_stop_before_anything_is_done(
