@@ -65,15 +65,7 @@ def language_filter(languages: Sequence[str]) -> Filter:
     Errors:
         UsageError: a code that is not told apart.
     """
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE)
-    for code in languages:
-        if code not in identifier.labels:
-            raise UsageError(
-                f"clean.languages: '{code}' is not a language that is told apart"
-                f"{nearest(code, identifier.labels)}"
-            )
+    identifier = language_identifier(languages, "clean.languages")
     wanted = set(languages)
 
     def look(document: dict[str, Any]) -> str | None:
@@ -81,6 +73,25 @@ def language_filter(languages: Sequence[str]) -> Filter:
         return None if found in wanted else f"language_{found}"
 
     return look
+
+
+def language_identifier(languages: Sequence[str], setting: str) -> Any:
+    """Return what tells languages apart, these among them; ``setting`` is where they stand.
+
+    Errors:
+        UsageError: a code that is not told apart.
+        ImportError: py3langid is not installed.
+    """
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE)
+    for code in languages:
+        if code not in identifier.labels:
+            raise UsageError(
+                f"{setting}: '{code}' is not a language that is told apart"
+                f"{nearest(code, identifier.labels)}"
+            )
+    return identifier
 
 
 def quality_filters(names: Sequence[QualityName]) -> list[Filter]:

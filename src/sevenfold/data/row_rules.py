@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from sevenfold.base.config import configuration
-from sevenfold.base.errors import UsageError, nearest
+from sevenfold.base.errors import UsageError
+from sevenfold.data.quality import language_identifier
 from sevenfold.data.strict_json import Values
 
 SIMILAR = 0.8
@@ -102,17 +103,9 @@ def _last_text(answer: Any) -> str | None:
 
 def _language_identifier(languages: Sequence[str]) -> Any:
     try:
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+        return language_identifier(languages, "rules.languages")
     except ImportError:
         raise UsageError(f"rules.languages needs py3langid, not installed; {INSTALL}") from None
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE)
-    for code in languages:
-        if code not in identifier.labels:
-            raise UsageError(
-                f"rules.languages: '{code}' is not a language that is told apart"
-                f"{nearest(code, identifier.labels)}"
-            )
-    return identifier
 
 
 class _Prompts:
