@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,20 @@ def source_from_path(path: Path) -> SourceConfig:
     for suffix in (*COMPRESSIONS, *SUFFIXES):
         name = name.removesuffix(suffix)
     return SourceConfig(name=name or str(path), path=str(path), licence=UNSTATED_LICENCE)
+
+
+def sources_from_paths(paths: Sequence[Path]) -> list[SourceConfig]:
+    """Return the sources of several ``--source PATH``; of one name the later are numbered."""
+    found = [source_from_path(path) for path in paths]
+    taken = {source.name for source in found}
+    seen: set[str] = set()
+    for at, source in enumerate(found):
+        if source.name in seen:
+            free = (f"{source.name}-{number}" for number in itertools.count(2))
+            found[at] = dataclasses.replace(source, name=next(n for n in free if n not in taken))
+        seen.add(found[at].name)
+        taken |= seen
+    return found
 
 
 def list_files(source: SourceConfig) -> tuple[Path, list[Path]]:
@@ -326,7 +341,7 @@ def require_licences(sources: Sequence[SourceConfig], field: str) -> None:
 
 
 def refuse_repeated(sources: Sequence[SourceConfig]) -> None:
-    """Refuse the same path or data set given twice.
+    """Refuse the same path or data set given twice, and two sources of one name.
 
     Errors:
         UsageError: naming it.
@@ -337,3 +352,20 @@ def refuse_repeated(sources: Sequence[SourceConfig]) -> None:
         if (*place, source.split) in seen:
             raise UsageError(f"{source.location}: given twice as a source; name it once")
         seen.add((*place, source.split))
+    refuse_shared_names(sources)
+
+
+def refuse_shared_names(sources: Sequence[SourceConfig]) -> None:
+    """Refuse two sources of one name, under which what is read of both would be counted.
+
+    Errors:
+        UsageError: naming both.
+    """
+    named: dict[str, SourceConfig] = {}
+    for source in sources:
+        if source.name in named:
+            raise UsageError(
+                f"{source.location}: source '{source.name}' has the name of "
+                f"{named[source.name].location}; give each a name of its own"
+            )
+        named[source.name] = source

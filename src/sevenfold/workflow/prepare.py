@@ -170,7 +170,7 @@ def prepare_sft(
     ``tokenizer_folder`` holds another tokenizer than the run's.
 
     Errors:
-        UsageError: no source, one without a licence, or no tokenizer.
+        UsageError: no source, one without a licence, two of one name, or no tokenizer.
         BadDataError: a row is wrong; with file, line and field.
     """
     made, identity = _row_tokenizer(run, recipe, tokenizer_folder)
@@ -195,7 +195,7 @@ def prepare_dpo(run: Run, recipe: Recipe, tokenizer_folder: Path | None = None) 
     """Write ``data/dpo``: tokenised preference pairs; ``tokenizer_folder`` as for SFT.
 
     Errors:
-        UsageError: no source, one without a licence, or no tokenizer.
+        UsageError: no source, one without a licence, two of one name, or no tokenizer.
         BadDataError: a row is wrong; with file, line and field.
     """
     made, identity = _row_tokenizer(run, recipe, tokenizer_folder)
@@ -203,6 +203,7 @@ def prepare_dpo(run: Run, recipe: Recipe, tokenizer_folder: Path | None = None) 
     chosen, generated = _with_sources(run, recipe, "dpo", recipe.dpo.data)
     assert isinstance(chosen, chat.PreferenceDataConfig)
     sources.require_licences(chosen.replay, "dpo.data.replay")
+    sources.refuse_shared_names((*chosen.sources, *chosen.replay))
     inputs = _row_inputs(identity, items, (*chosen.sources, *chosen.replay))
     if is_current(run.data("dpo"), inputs, to_plain(chosen)):
         return

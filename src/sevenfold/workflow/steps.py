@@ -253,9 +253,9 @@ def source_overrides(sections: Sequence[str], sources: Sequence[Path]) -> list[s
     """
     if not sources:
         return []
-    from sevenfold.data.sources import list_files, source_from_path
+    from sevenfold.data.sources import list_files, sources_from_paths
 
-    configs = [source_from_path(path.expanduser().absolute()) for path in sources]
+    configs = sources_from_paths([path.expanduser().absolute() for path in sources])
     for config in configs:
         list_files(config)
     values = json.dumps(to_plain(configs))

@@ -25,6 +25,7 @@ from sevenfold.data.sources import (
     refuse_repeated,
     require_licences,
     source_from_path,
+    sources_from_paths,
 )
 
 SHARED = Path(__file__).parents[3].parent / "shared" / "data"
@@ -248,9 +249,22 @@ def test_links_out_of_the_folder_and_repeated_files_are_refused(tmp_path: Path) 
 def test_the_same_source_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
     assert source_from_path(path).name == "a"
-    refuse_repeated([source(path), source(tmp_path / "b")])
+    refuse_repeated([source(path), source_from_path(tmp_path / "b")])
     with pytest.raises(UsageError, match=r"given twice as a source; name it once"):
         refuse_repeated([source(path), source(tmp_path / "x" / ".." / "a.jsonl.gz")])
+
+
+def test_two_sources_of_one_name_are_refused(tmp_path: Path) -> None:
+    one, other = (source_from_path(tmp_path / folder / "rows.jsonl") for folder in "ab")
+    with pytest.raises(UsageError, match=r"b/rows.* 'rows' has the name of .*a/rows.*; give each"):
+        refuse_repeated([one, other])
+
+
+def test_files_of_one_name_become_sources_of_their_own_names() -> None:
+    paths = ["a/rows.jsonl", "rows-2.csv", "b/rows.jsonl.gz", "c/rows.txt"]
+    found = sources_from_paths([Path(path) for path in paths])
+    assert [source.name for source in found] == ["rows", "rows-2", "rows-3", "rows-4"]
+    refuse_repeated(found)
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,15 @@ def test_replayed_rows_are_searched_too(run: Run, recipe: Any, tmp_path: Path) -
     assert found["removed"] == {"teapots": 2}
 
 
+def test_replay_counts_under_a_name_of_its_own(run: Run, recipe: Any) -> None:
+    for step in ("download", "clean", "tokenize_and_pack"):
+        getattr(prepare, step)(run, recipe)
+    replay = dataclasses.replace(recipe.sft.data.sources[0], name="p")
+    recipe.dpo.data = dataclasses.replace(recipe.dpo.data, replay=(replay,))
+    with pytest.raises(UsageError, match=r"rows\.jsonl: source 'p' has the name of .*p\.jsonl"):
+        prepare.prepare_dpo(run, recipe)
+
+
 def test_the_villages_own_data_are_not_searched_and_others_beside_them_are(
     run: Run, tmp_path: Path
 ) -> None:
