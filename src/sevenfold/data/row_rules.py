@@ -42,6 +42,11 @@ class RowRulesConfig:
     languages: tuple[str, ...] | None
     unique_prompts: bool
 
+    def __post_init__(self) -> None:
+        """Check that some language is kept."""
+        if self.languages is not None and not self.languages:
+            raise ValueError("'languages' names at least one language, or is null to keep all")
+
 
 class RowRules:
     """The rules at work; it remembers the prompts it has seen."""

@@ -50,6 +50,11 @@ def test_other_languages_are_left_out_and_short_texts_are_not_judged() -> None:
     assert rules(languages=("en", "de")).reason(GERMAN, ["Licht wird gestreut."]) is None
 
 
+def test_no_language_at_all_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"at least one language, or is null to keep all"):
+        rules(languages=())
+
+
 @pytest.mark.parametrize(
     "again",
     [STORY, STORY.upper(), STORY.replace(",", "").replace(" ", "\n"), STORY.replace("short ", "")],
