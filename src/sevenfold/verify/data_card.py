@@ -205,16 +205,20 @@ def card(run: Run) -> dict[str, Any]:
     ``licence`` is null where it is not known; ``identity`` is what names a source's bytes: their
     SHA-256, or on the Hub data set, subset, split and revision.
     """
-    identities: dict[str, str] = {}
+    identities: dict[str, Mapping[str, Any]] = {}
     folders = {}
-    for folder in DATA_FOLDERS:
+    for folder, label in DATA_FOLDERS.items():
         manifest = read_manifest_if_there(run.data(folder))
         if manifest is None:
             continue
-        identities |= {str(k): str(v) for k, v in _mapping(manifest.get("inputs")).items()}
+        identities[label] = _mapping(manifest.get("inputs"))
         folders[folder] = {key: manifest.get(key) for key in ("fingerprint", "config", "files")}
     named = [
-        {**asdict(s), "licence": s.licence or None, "identity": _identity(s, identities)}
+        {
+            **asdict(s),
+            "licence": s.licence or None,
+            "identity": _identity(s, identities.get(s.used_as, {})),
+        }
         for s in sources(run)
     ]
     return {
@@ -226,12 +230,14 @@ def card(run: Run) -> dict[str, Any]:
     }
 
 
-def _identity(source: DataSource, identities: Mapping[str, str]) -> str | None:
-    """Return what identifies a source's bytes; its location was an input, in full or shortened."""
-    for location, identity in identities.items():
-        if location == source.location or location.endswith(f"/{source.location or source.name}"):
-            return identity
-    return None
+def _identity(source: DataSource, inputs: Mapping[str, Any]) -> str | None:
+    """Return what identifies a source's bytes; its location was an input, in full or shortened.
+
+    ``inputs`` are those of the folder that was made from it: another may have read another split.
+    """
+    place = source.location or source.name
+    full = [location for location in inputs if location == place or location.endswith(f"/{place}")]
+    return str(inputs[min(full, key=len)]) if full else None
 
 
 def _amount(facts: Mapping[str, Any], name: str) -> tuple[float, float | None] | None:

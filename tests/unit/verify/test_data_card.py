@@ -82,6 +82,14 @@ def test_the_card_is_written_beside_the_report(run: Run) -> None:
     assert len(re.findall('<strong class="unknown">', page)) == 2
 
 
+def test_two_splits_of_a_set_keep_their_own_identity(run: Run) -> None:
+    chat = {"name": "chat", "location": "hub/chat", "licence": "mit"}
+    write(run, "sft", sources=[{**chat, "rows": 90}], inputs={"hub/chat": "train"})
+    write(run, "lora", sources=[{**chat, "rows": 9}], inputs={"hub/chat": "test"})
+    found = [s for s in data_card.card(run)["sources"] if s["name"] == "chat"]
+    assert [s["identity"] for s in found] == ["train", "test"]
+
+
 def test_a_run_without_data_has_an_empty_card(tmp_path: Path) -> None:
     card = data_card.card(Run(folder=tmp_path, facts={}))
     assert card == {
