@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from sevenfold.base.errors import (
     without_secrets,
 )
 from sevenfold.base.records import GATED_STAGES
+from sevenfold.data.row_rules import RowRules
+from sevenfold.verify.config import STAGES
 from sevenfold.workflow import recipe as recipes
 from sevenfold.workflow import steps
+from sevenfold.workflow.recipe import Recipe
 from sevenfold.workflow.steps import Job
 from sevenfold.workflow.thresholds import require_items, require_known_gates
 
@@ -59,6 +63,9 @@ STEPS = (
 )
 
 
+PREPARES_ROWS = {"prepare-sft": ("sft", "lora"), "prepare-dpo": ("dpo",)}
+
+
 def run_all(options: argparse.Namespace) -> None:
     """Run the steps from ``--from`` to ``--until``; stop at a refusing gate unless forced.
 
@@ -76,9 +83,7 @@ def run_all(options: argparse.Namespace) -> None:
         if options.dry_run:
             steps.dry_run(job, stages, options)
             return
-        if any(step.verb == "clean" for step in chosen):
-            steps.call("clean", "require_packages")(job.recipe.clean)
-        require_items(job.recipe, stages)
+        _require_what_is_needed(job.recipe, chosen)
         for stage in stages:
             gates.checks(job.run.preset, stage)
             steps.call("planning", "require_room")(job.run, job.recipe, stage)
@@ -93,6 +98,23 @@ def run_all(options: argparse.Namespace) -> None:
             _report_failure(job, started_at_s, error)
             raise
         _close(job, started_at_s)
+
+
+def _require_what_is_needed(recipe: Recipe, chosen: Sequence[Step]) -> None:
+    """Refuse now what a later step would refuse, perhaps after days.
+
+    Errors:
+        UsageError: a package or a file of items is not there, or a language is not told apart.
+    """
+    verbs = {step.verb for step in chosen}
+    if "clean" in verbs:
+        steps.call("clean", "require_packages")(recipe.clean)
+    for verb, prepared in PREPARES_ROWS.items():
+        for stage in prepared if verb in verbs else ():
+            RowRules(getattr(recipe, stage).data.rules)
+    # Data are searched for the items of all stages, whatever is trained today.
+    is_searched = bool(verbs & {"clean", *PREPARES_ROWS})
+    require_items(recipe, STAGES if is_searched else [s.verb for s in chosen if s.is_training])
 
 
 def select(first: str | None, last: str | None) -> tuple[Step, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -243,7 +244,10 @@ def test_a_missing_package_stops_before_anything_is_done(
 def test_missing_items_stop_before_anything_is_done(
     workshop: Workshop, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They are needed after hours of training; what no chosen stage measures may be missing."""
+    """They are needed after hours of training, and data are searched for those of all stages.
+
+    What no chosen stage measures may be missing where nothing is searched.
+    """
     tasks = (
         'evaluate.tasks=[{name: x, kind: pair, path: "~/no/pairs.jsonl", stages: [dpo]},'
         " {name: y, kind: pair, stages: [sft]}]"
@@ -253,12 +257,26 @@ def test_missing_items_stop_before_anything_is_done(
     gates.write_text(
         f"confidence: 0.95\ndemo: {{sft: [{{metric: y, {rest}, dpo: [{{metric: x, {rest}}}\n"
     )
-    asked = ["run", "--gates", str(gates), "--set", tasks, "--from", "sft", "--until"]
-    assert cli.execute([*asked, "dpo"]) == 2
-    said = capsys.readouterr().err
-    assert said.endswith("no/pairs.jsonl: no such file; task 'x' needs its items\n")
+    asked = ["run", "--gates", str(gates), "--set", tasks]
+    for span in (["sft", "dpo"], ["download", "clean"], ["prepare-sft", "sft"]):
+        assert cli.execute([*asked, "--from", span[0], "--until", span[1]]) == 2
+        said = capsys.readouterr().err
+        assert said.endswith("no/pairs.jsonl: no such file; task 'x' needs its items\n")
     assert workshop.done == []
-    assert cli.execute([*asked, "sft"]) == 0
+    assert cli.execute([*asked, "--from", "sft", "--until", "sft"]) == 0
+
+
+def test_rules_for_rows_are_tried_before_anything_is_done(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rules = (
+        "{min_answer_characters: 1, max_characters: null, languages: null, unique_prompts: true}"
+    )
+    monkeypatch.setitem(sys.modules, "rensa", None)
+    assert cli.execute(["run", "--set", f"dpo.data.rules={rules}"]) == 2
+    assert "rules.unique_prompts needs rensa, not installed; pip" in capsys.readouterr().err
+    assert workshop.done == []
+    assert cli.execute(["run", "--until", "prepare-sft"]) == 0
 
 
 def test_the_strip_shows_where_the_run_is(
