@@ -40,8 +40,8 @@ def clean(run: Run, recipe: Recipe, workers: Workers | None = None) -> None:
         return
     require_packages(recipe.clean)
     job = cleaning.Cleaning(
-        raw=run.data("raw"),
-        work=work,
+        raw=run.data("raw").absolute(),  # a worker of Ray's stands in another folder
+        work=work.absolute(),
         config=recipe.clean,
         validation_fraction=recipe.data.validation_fraction,
         items=None if generated else items.index,

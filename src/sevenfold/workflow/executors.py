@@ -89,8 +89,15 @@ def _end_with_parent() -> None:
 def _run_on_ray(executor: Any, workers: Workers) -> None:
     import ray
 
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        except ConnectionError as error:
+            raise UsageError(
+                f"RAY_ADDRESS={address}: no Ray cluster can be had there "
+                f"({' '.join(str(error).split())[:200]}); start or correct it, or unset it to "
+                "have one started here"
+            ) from None
     else:
         ray.init(
             num_cpus=workers.count,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -129,16 +131,43 @@ def test_four_processes_give_the_same_shards(cleaned: tuple[Run, Any], tmp_path:
 
 @pytest.mark.slow
 def test_ray_gives_the_same_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3] / "src"))
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     run, wanted = small(tmp_path)
     prepare.clean(run, wanted)
     expected = fingerprint(run)
     shutil.rmtree(run.data("clean"))
+    monkeypatch.chdir(tmp_path)
+    run = Run(folder=Path("run"), facts={})
+    monkeypatch.setattr(ray, "init", functools.partial(begin_elsewhere, ray.init))
     with warnings.catch_warnings():  # what Ray warns of would end a thread that Ray waits for
         warnings.simplefilter("ignore")
         prepare.clean(run, wanted, Workers(count=2, executor="ray"))
     assert fingerprint(run) == expected
+
+
+def begin_elsewhere(begin: Any, **settings: Any) -> Any:
+    """Start Ray in another folder than ours, as a cluster's workers are."""
+    with contextlib.chdir("/"):
+        return begin(**settings)
+
+
+def test_a_cluster_that_does_not_answer_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    def begin(**settings: Any) -> None:
+        raise ConnectionError("Failed to connect\nto it")
+
+    monkeypatch.setattr(ray, "init", begin)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    expected = r"RAY_ADDRESS=10.0.0.1:6379: no Ray .* \(Failed to connect to it\); start or correct"
+    with pytest.raises(UsageError, match=expected):
+        do(Workers(count=2, executor="ray"), tmp_path)
 
 
 SBATCH = """#!{python}
