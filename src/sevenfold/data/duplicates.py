@@ -121,7 +121,7 @@ def decide(
     """Return what becomes of each piece of each folder of :class:`Keys`.
 
     A piece is held out if its source says so, else if the number drawn from its text is below
-    ``validation_fraction``; if that leaves none, the one with the lowest number is.
+    ``validation_fraction``; if that leaves none, the text with the lowest number is.
 
     Some 85 bytes a piece are held at a time, one band after the other.
 
@@ -137,7 +137,7 @@ def decide(
         fates[order[copies != 0]] = copies[copies != 0]
     if not (fates == VALIDATION).any() and ((fates == TRAIN) & (given == UNDECIDED)).any():
         drawn = np.where((fates == TRAIN) & (given == UNDECIDED), fractions, np.inf)
-        fates[np.argmin(drawn)] = VALIDATION
+        fates[drawn == drawn.min()] = VALIDATION  # with its copies, where these are kept
     num_train, num_held_out = (int((fates == split).sum()) for split in (TRAIN, VALIDATION))
     if not num_train or not num_held_out:
         raise BadDataError(

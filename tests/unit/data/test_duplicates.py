@@ -136,6 +136,13 @@ def test_even_two_documents_have_one_held_out(tmp_path: Path) -> None:
     assert sorted(found) == [T, V]
 
 
+def test_copies_that_are_kept_are_held_out_together(tmp_path: Path) -> None:
+    given = [text(1), text(2), text(1), text(2)]
+    found = fates(tmp_path, given, deduplicate="none")
+    assert found[:2] == found[2:]
+    assert sorted(found) == [T, T, V, V]
+
+
 def test_a_split_that_is_given_is_kept(tmp_path: Path) -> None:
     splits = {0: "train", 1: "validation", 2: "train"}
     assert fates(tmp_path, ["a", "b", "c"], fraction=0.9, splits=splits) == [T, V, T]
