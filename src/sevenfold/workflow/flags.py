@@ -168,6 +168,12 @@ def _gates(parser: argparse.ArgumentParser) -> None:
 def _span(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="first", metavar="STAGE", help="begin at this step")
     parser.add_argument("--until", dest="last", metavar="STAGE", help="end after this step")
+    parser.add_argument(
+        "--workers",
+        type=_above_zero,
+        metavar="N",
+        help="processes for 02 (default: one) and 03 (default: one a core)",
+    )
     parser.add_argument("--enable-oom-recovery", action="store_true", help="as in training steps")
     _force(parser)
 

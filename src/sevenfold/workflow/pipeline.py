@@ -30,6 +30,7 @@ from sevenfold.workflow import steps
 from sevenfold.workflow.recipe import Recipe
 from sevenfold.workflow.steps import Job
 from sevenfold.workflow.thresholds import require_items, require_known_gates
+from sevenfold.workflow.workers import Workers, require_executor
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def run_all(options: argparse.Namespace) -> None:
         if options.dry_run:
             steps.dry_run(job, stages, options)
             return
-        _require_what_is_needed(job.recipe, chosen)
+        _require_what_is_needed(job.recipe, chosen, _workers(options))
         for stage in stages:
             gates.checks(job.run.preset, stage)
             steps.call("planning", "require_room")(job.run, job.recipe, stage)
@@ -100,7 +101,11 @@ def run_all(options: argparse.Namespace) -> None:
         _close(job, started_at_s)
 
 
-def _require_what_is_needed(recipe: Recipe, chosen: Sequence[Step]) -> None:
+def _workers(options: argparse.Namespace) -> Workers:
+    return Workers(count=options.workers or 1)
+
+
+def _require_what_is_needed(recipe: Recipe, chosen: Sequence[Step], workers: Workers) -> None:
     """Refuse now what a later step would refuse, perhaps after days.
 
     Errors:
@@ -109,6 +114,7 @@ def _require_what_is_needed(recipe: Recipe, chosen: Sequence[Step]) -> None:
     verbs = {step.verb for step in chosen}
     if "clean" in verbs:
         steps.call("clean", "require_packages")(recipe.clean)
+        require_executor(workers)
     for verb, prepared in PREPARES_ROWS.items():
         for stage in prepared if verb in verbs else ():
             RowRules(getattr(recipe, stage).data.rules)
@@ -159,6 +165,10 @@ def _perform(step: Step, job: Job, options: argparse.Namespace, gates_file: Path
     if step.is_training:
         steps.train_stage(job, step.verb, options)
         _judge(step.verb, job, options.force, gates_file)
+    elif step.verb == "clean":
+        steps.call(step.module, step.function)(job.run, job.recipe, _workers(options))
+    elif step.verb == "tokenize":
+        steps.call(step.module, step.function)(job.run, job.recipe, num_workers=options.workers)
     else:
         steps.call(step.module, step.function)(job.run, job.recipe)
 

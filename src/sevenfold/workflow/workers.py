@@ -21,6 +21,11 @@ class Workers:
     executor: Literal["local", "ray", "slurm"] = "local"
     partition: str | None = None
 
+    @property
+    def is_this_process(self) -> bool:
+        """True where nobody else is needed."""
+        return self.executor == "local" and self.count == 1
+
 
 def from_flags(options: argparse.Namespace) -> Workers:
     """Return what the flags ask for.
@@ -46,6 +51,18 @@ def require_package(name: str, wanted_by: str) -> None:
         )
 
 
+def require_executor(workers: Workers) -> None:
+    """Refuse workers that need a package which is not installed.
+
+    Errors:
+        UsageError: with the command that installs it.
+    """
+    if not workers.is_this_process:
+        require_package("datatrove", f"--workers {workers.count} --executor {workers.executor}")
+    if workers.executor == "ray":
+        require_package("ray", "--executor ray")
+
+
 def do_tasks(
     perform: Callable[[int], None],
     *,
@@ -60,13 +77,11 @@ def do_tasks(
         SevenfoldError: a task was not done; the message says where its log is.
         UsageError: datatrove or Ray is not installed.
     """
-    if workers.executor == "local" and workers.count == 1:
+    if workers.is_this_process:
         for task in range(len(folders)):
             perform(task)
         return
-    require_package("datatrove", f"--workers {workers.count} --executor {workers.executor}")
-    if workers.executor == "ray":
-        require_package("ray", "--executor ray")
+    require_executor(workers)
     from sevenfold.workflow import executors
 
     executors.run_tasks(perform, name, len(folders), workers, logs)

@@ -40,6 +40,7 @@ class Workshop:
         self.forced: dict[str, str | None] = {}
         self.failing: dict[str, Exception] = {}
         self.talked: list[str] = []
+        self.workers: dict[str, int | None] = {}
         self.reported: list[str] = []
         self.report_failing: Exception | None = None
 
@@ -53,7 +54,8 @@ class Workshop:
         if function == "require_packages":
             return clean.require_packages
 
-        def perform(run: Run, recipe: Any, *rest: Any) -> None:
+        def perform(run: Run, recipe: Any, *rest: Any, num_workers: int | None = None) -> None:
+            self.workers[function] = rest[0].count if function == "clean" else num_workers
             judged = module == "evaluation"
             self.done.append(f"{function} {rest[0]}" if judged else function)
             if function in self.failing:
@@ -264,6 +266,24 @@ def test_missing_items_stop_before_anything_is_done(
         assert said.endswith("no/pairs.jsonl: no such file; task 'x' needs its items\n")
     assert workshop.done == []
     assert cli.execute([*asked, "--from", "sft", "--until", "sft"]) == 0
+
+
+def test_workers_are_handed_to_the_steps_that_share_work(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One process would clean the 7B's text for days."""
+    span = ["run", "--until", "tokenize"]
+    assert cli.execute(span) == 0
+    assert workshop.workers == {"download": None, "clean": 1, "tokenize_and_pack": None}
+    assert cli.execute([*span, "--workers", "3"]) == 0
+    assert workshop.workers == {"download": None, "clean": 3, "tokenize_and_pack": 3}
+    workshop.done.clear()
+    found = importlib.util.find_spec
+    missing = "datatrove"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == missing else found(n))
+    assert cli.execute([*span, "--workers", "3"]) == 2
+    assert "--workers 3 --executor local needs the package 'datatrove'" in capsys.readouterr().err
+    assert workshop.done == []
 
 
 def test_rules_for_rows_are_tried_before_anything_is_done(
