@@ -6,6 +6,7 @@ Imported only where such are asked for: datatrove takes seconds to import.
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import os
 import signal
@@ -33,6 +34,8 @@ logger.disable("datatrove")
 MEMORY_GB = 4
 PR_SET_PDEATHSIG = 1
 SLURM_TIME = "24:00:00"
+
+_executing: set[str] = set()  # what is being done by processes of this machine
 
 
 class Task(PipelineStep):  # type: ignore[misc]
@@ -72,17 +75,27 @@ def run_tasks(
     elif workers.executor == "slurm":
         _run_on_slurm(_slurm(facts, workers, name))
     else:
-        os.register_at_fork(after_in_child=_end_with_parent)
-        LocalPipelineExecutor(workers=workers.count, **facts).run()
+        _watch_forks()
+        _executing.add(name)
+        try:
+            LocalPipelineExecutor(workers=workers.count, **facts).run()
+        finally:
+            _executing.discard(name)
+
+
+@functools.cache
+def _watch_forks() -> None:
+    os.register_at_fork(after_in_child=_end_with_parent)
 
 
 def _end_with_parent() -> None:
     """Let the kernel end this process with the one that forked it, however that ends.
 
     The executor forks a process that counts its tasks. It would live on for ever after a kill -9,
-    and hold the run's lock. The workers are no forks of ours; they end when their pipe does.
+    and hold the run's lock. The workers are no forks of ours; they end when their pipe does. What
+    is forked later, perhaps to train, is left alone: the kernel looks at the thread that forked.
     """
-    if sys.platform == "linux":
+    if _executing and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import json
@@ -127,6 +128,17 @@ def test_four_processes_give_the_same_shards(cleaned: tuple[Run, Any], tmp_path:
     run, wanted = beside(cleaned, tmp_path / "run")
     prepare.clean(run, wanted, Workers(count=4))
     assert fingerprint(run) == fingerprint(cleaned[0])
+    assert signal_at_our_end() == 0  # what training forks later is not the cleaning's
+
+
+def signal_at_our_end() -> int:
+    """Return the signal that a process forked here gets from the kernel when we end, or 0."""
+    child = os.fork()
+    if not child:
+        found = ctypes.c_int()
+        ctypes.CDLL(None).prctl(2, ctypes.byref(found))  # PR_GET_PDEATHSIG
+        os._exit(found.value)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.slow
