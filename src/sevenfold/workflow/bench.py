@@ -121,6 +121,9 @@ def _require_sense(options: argparse.Namespace) -> None:
         raise UsageError("--steps means nothing to bench dedup, which reads texts; leave it out")
     if options.what not in ("dedup", *DATA_BENCHMARKS) and options.source:
         raise UsageError(f"--source means nothing to bench {options.what}; leave it out")
+    for flag in ("workers", "gigabytes"):
+        if options.what not in DATA_BENCHMARKS and getattr(options, flag) is not None:
+            raise UsageError(f"--{flag} means nothing to bench {options.what}; leave it out")
     most = {"dedup": 0, "optimizer": 0, "checkpoint": 1, "resume": 1}.get(
         options.what, len(options.length)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -211,6 +212,16 @@ def _above_zero(text: str) -> int:
     return int(text)
 
 
+def _size(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
+    return size
+
+
 def _target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", type=Path, metavar="DIR", help="new folder to make")
 
@@ -254,7 +265,7 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     _source(group)
     _workers(group)
     group.add_argument(
-        "--gigabytes", type=float, metavar="N", help="how much random text, without --source (0.05)"
+        "--gigabytes", type=_size, metavar="N", help="how much random text, without --source (0.05)"
     )
 
 

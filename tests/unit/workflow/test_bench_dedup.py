@@ -78,6 +78,10 @@ def test_it_needs_texts_and_what_it_compares_with(monkeypatch: pytest.MonkeyPatc
         (["dedup", "--steps", "3"], "--steps means nothing to bench dedup, which reads texts"),
         (["dedup", "--length", "64"], "bench dedup takes it 0 times"),
         (["pretrain", "--source", "x"], "--source means nothing to bench pretrain"),
+        (["pretrain", "--gigabytes", "1"], "--gigabytes means nothing to bench pretrain; leave it"),
+        (["dedup", "--workers", "2"], "--workers means nothing to bench dedup; leave it out"),
+        (["tokenize", "--gigabytes", "nan"], "'nan' is not a number above 0"),
+        (["tokenize", "--gigabytes", "-1"], "'-1' is not a number above 0"),
     ],
 )
 def test_flags_without_effect_are_refused(
