@@ -94,12 +94,14 @@ def clean_documents(
 
 def filters(config: CleanConfig, items: ItemIndex | None = None) -> list[Filter]:
     """Return the filters a configuration asks for, in the order in which they look."""
-    wanted: list[Filter] = [_too_short(config.min_characters)]
+    too_short = _too_short(config.min_characters)
+    wanted: list[Filter] = [too_short]
     if items is not None:
         wanted.append(lambda document: items.reason([document["text"]]))
     if config.languages is not None:
         wanted.append(quality.language_filter(config.languages))
-    return [*wanted, *quality.quality_filters(config.quality)]
+    wanted += quality.quality_filters(config.quality)
+    return [*wanted, too_short] if "c4" in config.quality else wanted  # c4 takes lines out
 
 
 def _too_short(min_characters: int) -> Filter:

@@ -45,6 +45,15 @@ def documents(*texts: str) -> list[Document]:
     return [{"id": f"d{n}", "text": text, "source": "s"} for n, text in enumerate(texts)]
 
 
+def test_what_c4_has_shortened_too_far_is_dropped() -> None:
+    kept = "The old man sat down near the sea. " * 6
+    (given,) = documents(f"{kept}\nWithout a stop at its end a line is none for C4 and goes away")
+    wide = {"document_characters": 4000, "quality": ("c4",)}
+    (piece,) = cleaned([given], config(**wide))
+    assert len(piece["text"]) < 220 < len(given["text"])
+    assert cleaned([given], config(**wide, min_characters=220)) == []
+
+
 def test_short_documents_are_dropped_and_counted() -> None:
     counts = CleaningCounts()
     given = documents("one two", "ab", "three", " x ")
