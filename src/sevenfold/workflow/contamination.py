@@ -196,14 +196,25 @@ def _mapping(value: Any) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def _advice(stage: str, record: Mapping[str, Any]) -> str:
+    if record.get("data_sources"):  # rows that were packed elsewhere
+        return (
+            "give --data a folder that step 03 wrote, which says how it was searched, or go past "
+            'this gate with --force "reason"'
+        )
+    preparing = _preparing("packed" if stage == "pretrain" else stage)
+    return f"{preparing} again, and then {TRAINING_SCRIPTS[stage]}"
+
+
 def _problem(
-    stage: str, facts: Mapping[str, Any] | None, wanted: Mapping[str, str], ngram: int
+    stage: str, facts: Mapping[str, Any] | None, wanted: Mapping[str, str], ngram: int, again: str
 ) -> str | None:
-    """Return why a stage's data do not count as searched for the items that judge, or None."""
+    """Return why a stage's data do not count as searched for the items that judge, or None.
+
+    ``again`` is what to do then.
+    """
     if not wanted:
         return None
-    preparing = _preparing("packed" if stage == "pretrain" else stage)
-    again = f"{preparing} again, and then {TRAINING_SCRIPTS[stage]}"
     what = f"what {stage} was trained on was"
     if facts is None:
         return f"{what} never searched for the items of {', '.join(sorted(wanted))}; {again}"
@@ -258,12 +269,14 @@ def judge(run: Run, recipe: Recipe, stage: str, metrics: Collection[str]) -> dic
         except UsageError:
             wanted[task.name] = ""  # the check itself says what is missing
     data: dict[str, Any] = {}
+    advice = {}
     unknown = []
     for name in reversed(GATED_STAGES[: GATED_STAGES.index(stage) + 1]):
         if not (run.stage(name) / "record.json").is_file():
-            data[name] = None
+            data[name], advice[name] = None, _advice(name, {})
             continue
         record = run.record(name)
+        advice[name] = _advice(name, record)
         data[name] = _searched(run, name, record)
         if record.get("external"):
             unknown.append(name)
@@ -271,7 +284,7 @@ def judge(run: Run, recipe: Recipe, stage: str, metrics: Collection[str]) -> dic
     problems = [
         problem
         for name, facts in data.items()
-        if (problem := _problem(name, facts, wanted, recipe.decontaminate.ngram))
+        if (problem := _problem(name, facts, wanted, recipe.decontaminate.ngram, advice[name]))
     ]
     return {
         "tasks": sorted(wanted),

@@ -190,6 +190,18 @@ def test_a_gate_refuses_data_that_were_not_searched(run: Run, recipe: Any) -> No
     assert problem(run, recipe, "lora", "bits_per_byte", "merge_error") is None
 
 
+def test_of_rows_that_were_packed_elsewhere_the_gate_says_what_can_be_done(
+    run: Run, recipe: Any
+) -> None:
+    """Steps 02 and 03 have not made them, and cannot make them anew."""
+    given = {"inputs": {"data": "x"}, "decontaminated": None, "data_sources": [{"name": "rows"}]}
+    run.write_record("pretrain", given)
+    found = problem(run, recipe, "pretrain")
+    assert found is not None
+    assert found.endswith('or go past this gate with --force "reason"')
+    assert "scripts/02" not in found
+
+
 def test_a_gate_refuses_data_that_were_searched_for_other_items_or_otherwise(
     run: Run, recipe: Any, tmp_path: Path
 ) -> None:
