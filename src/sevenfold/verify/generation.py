@@ -11,6 +11,7 @@ import torch
 from sevenfold.base.errors import UsageError
 from sevenfold.data.chat import render_answer, render_prompt
 from sevenfold.data.tokenizer import stop_ids
+from sevenfold.model.attention import kernels_for_changing_lengths
 from sevenfold.verify.tasks import Message
 
 # Tokens that end a turn in the templates of models that people start from.
@@ -65,6 +66,7 @@ def chat_answers(
 
 
 @torch.inference_mode()
+@kernels_for_changing_lengths()
 def generate(
     model: Any,
     tokenizer: Any,

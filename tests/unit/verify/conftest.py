@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+
+from sevenfold.model.attention import prefer_fast_kernels
 
 VOCAB = 320
 
@@ -39,3 +42,15 @@ def model(tokenizer: Any) -> Any:
         eos_token_id=tokenizer.eos_token_id,
     )
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def backends_of_hopper() -> Iterator[None]:
+    """SDPA's back ends as training chooses them on Hopper; the flags need no GPU."""
+    cuda = torch.backends.cuda
+    before = (cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled())
+    prefer_fast_kernels((9, 0), deterministic=False)
+    yield
+    cuda.enable_cudnn_sdp(before[0])
+    cuda.enable_flash_sdp(before[1])
+    cuda.enable_mem_efficient_sdp(before[2])

@@ -120,6 +120,22 @@ def test_a_tie_is_no_win(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     assert evaluated(blind, tokenizer, tmp_path, "pair", pairs).items[0]["score"] == 0
 
 
+@pytest.mark.usefixtures("backends_of_hopper")
+def test_scores_use_kernels_that_need_no_plan_for_each_length(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda, seen, score = torch.backends.cuda, [], measures.Subject.score
+
+    def watched(*given: Any) -> Any:
+        seen.append((cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled()))
+        return score(*given)
+
+    monkeypatch.setattr(measures.Subject, "score", watched)
+    evaluated(model, tokenizer, tmp_path, "pair", [{"good": "x.", "bad": "y."}])
+    assert seen == [(False, True)]
+    assert (cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled()) == (True, False)
+
+
 def test_text_counts_every_token_once(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     texts = ["Tom has a hat.", "The red lamp is on the table. " * 9, "\u00e9t\u00e9"]
     rows = [{"id": i, "text": t, "entropy_nats": 2.0 + i} for i, t in enumerate(texts)]

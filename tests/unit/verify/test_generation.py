@@ -46,6 +46,24 @@ def test_left_padded_batches_equal_one_by_one(model: Any, tokenizer: Any) -> Non
             assert answer.ended == (answer.ids[-1] in ends)
 
 
+@pytest.mark.usefixtures("backends_of_hopper")
+def test_answers_use_kernels_that_need_no_plan_for_each_length(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What training chose, cuDNN alone, holds again afterwards."""
+    cuda, seen, make = torch.backends.cuda, [], model.generate
+
+    def watched(**asked_for: Any) -> Any:
+        seen.append((cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled()))
+        return make(**asked_for)
+
+    monkeypatch.setattr(model, "generate", watched)
+    prompts = chat_prompts(tokenizer, [asked("Who is Tom?")])
+    generate(model, tokenizer, prompts, max_new_tokens=2, batch_tokens=64)
+    assert seen == [(False, True)]
+    assert (cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled()) == (True, False)
+
+
 def test_an_answer_ends_at_its_end_token_and_says_so(model: Any, tokenizer: Any) -> None:
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     prompts = chat_prompts(tokenizer, [asked("Tom"), asked("Who?")])
