@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,8 @@ def toy(
     model: Any = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocabulary,
-            hidden_size=128,
-            intermediate_size=256,
+            hidden_size=256,
+            intermediate_size=512,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
@@ -127,13 +128,16 @@ def toy(
 
 
 def train(folder: Path) -> None:
-    """Train the toy to its end: what the processes of the kill test do."""
+    """Train the toy to its end: what the processes of the tests below do."""
     be_deterministic()
-    loop.fit(toy(folder))
+    try:
+        loop.fit(toy(folder))
+    except StoppedError as error:
+        sys.exit(error.exit_code)
 
 
-def train_elsewhere(folder: Path, caches: Path, fault: str = "") -> int:
-    """Train in a process of its own with these compile caches; return its exit code."""
+def start_elsewhere(folder: Path, caches: Path, fault: str = "") -> subprocess.Popen[str]:
+    """Train in a process of its own with these compile caches, the first of its group."""
     code = (
         "import sys, pathlib\n"
         "from tests.gpu.test_reliability_gpu import train\n"
@@ -141,21 +145,31 @@ def train_elsewhere(folder: Path, caches: Path, fault: str = "") -> int:
     )
     environment = {
         **os.environ,
-        "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'src'}",
+        "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'src'}:{os.environ.get('PYTHONPATH', '')}",
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "TRITON_CACHE_DIR": str(caches / "triton"),
         faults.VARIABLE: fault,
     }
-    done = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-c", code, str(folder)],
         cwd=REPOSITORY,
         env=environment,
-        capture_output=True,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
+        start_new_session=True,
     )
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    return done.returncode
+
+
+def ended(process: subprocess.Popen[str]) -> int:
+    """Wait for its end and return its exit code, which is no failure."""
+    _, told = process.communicate(timeout=300)
+    assert process.returncode in (0, -signal.SIGKILL, StoppedError.exit_code), told
+    return process.returncode
+
+
+def train_elsewhere(folder: Path, caches: Path, fault: str = "") -> int:
+    """Train in a process of its own with these compile caches; return its exit code."""
+    return ended(start_elsewhere(folder, caches, fault))
 
 
 def saved(folder: Path) -> str:
@@ -164,24 +178,48 @@ def saved(folder: Path) -> str:
     return checkpoint.digest(snapshot.model, snapshot.optimizer, snapshot.random)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what an undisturbed process left, and its compile caches."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert train_elsewhere(folder / "run", folder / "caches") == 0
+    return folder
+
+
 @pytest.mark.fault("C01", "C08", "C16")
-def test_killed_and_resumed_with_wiped_compile_caches_it_is_bit_identical(tmp_path: Path) -> None:
+def test_killed_and_resumed_with_wiped_compile_caches_it_is_bit_identical(
+    whole: Path, tmp_path: Path
+) -> None:
     """Every start is a new process; the last compiles everything anew."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert train_elsewhere(whole, tmp_path / "caches") == 0
+    broken = tmp_path / "broken"
     for fault in ("kill@step=9:phase=backward", "kill@step=17:phase=optimizer"):
-        assert train_elsewhere(broken, tmp_path / "caches", fault) == -signal.SIGKILL
+        assert train_elsewhere(broken, whole / "caches", fault) == -signal.SIGKILL
     assert train_elsewhere(broken, tmp_path / "other-caches") == 0
-    assert losses(broken) == losses(whole)
-    assert saved(broken) == saved(whole)
+    assert losses(broken) == losses(whole / "run")
+    assert saved(broken) == saved(whole / "run")
+
+
+@pytest.mark.fault("A05", "C16")
+def test_ctrl_c_while_it_compiles_saves_the_step_and_costs_nothing(
+    whole: Path, tmp_path: Path
+) -> None:
+    """A terminal signals the whole group, with the compiler's own processes."""
+    stopped, caches = tmp_path / "stopped", tmp_path / "caches"
+    process = start_elsewhere(stopped, caches)
+    while process.poll() is None and not any(caches.rglob("*.*")):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert ended(process) == StoppedError.exit_code
+    assert [path.name for path in (stopped / "checkpoints").glob("step-*")] == ["step-00000001"]
+    assert train_elsewhere(stopped, caches) == 0
+    assert losses(stopped) == losses(whole / "run")
+    assert saved(stopped) == saved(whole / "run")
 
 
 @pytest.mark.fault("C01", "C16")
 @pytest.mark.parametrize("config", [CONFIG, IN_8_BITS], ids=["adamw", "adamw_8bit"])
 def test_stopped_and_resumed_it_is_bit_identical(config: TrainConfig, tmp_path: Path) -> None:
     """Stops fall inside and after the change of context length; a second run is the same, too."""
-    if config is IN_8_BITS:
-        pytest.importorskip("torchao")
     unbroken = toy(tmp_path / "unbroken", config=config)
     loop.fit(unbroken)
     again = toy(tmp_path / "again", config=config)
@@ -318,6 +356,26 @@ def test_a_checkpoint_holds_the_weights_of_its_step_though_training_goes_on(
     for step in made.checkpoints.steps():
         snapshot = made.checkpoints.load(step)
         assert checkpoint.digest(snapshot.model, snapshot.optimizer) == expected[step], step
+
+
+def test_main_memory_is_page_locked_before_the_first_checkpoint_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = toy(tmp_path, config=dataclasses.replace(CONFIG, checkpoint_every=24), compiled=False)
+    save, buffers = made.checkpoints.save, made.checkpoints._memory._buffers
+    reserved: dict[str, torch.Tensor] = {}
+
+    def looking(snapshot: checkpoint.Snapshot) -> None:
+        made.checkpoints.finish()
+        reserved.update(buffers)
+        save(snapshot)
+
+    monkeypatch.setattr(made.checkpoints, "save", looking)
+    loop.fit(made)
+    assert made.checkpoints.steps() == [24]
+    assert len(reserved) > len(made.trained)  # the optimizer's moments, too
+    assert all(buffer.is_pinned() for buffer in reserved.values())
+    assert all(buffers[name] is buffer for name, buffer in reserved.items())
 
 
 @pytest.mark.fault("C13")

@@ -118,7 +118,7 @@ def _settle(bench: Workbench) -> None:
 
 def _train(bench: Workbench, stop: StopRequest) -> None:
     """Train step after step, to the end or until something is wrong."""
-    config = bench.config
+    config, begun_at = bench.config, bench.step
     for batch in bench.clock.waiting(bench.batches.prefetch(bench.step)):
         started = time.perf_counter()
         launch.at_phase(bench.step + 1, "load")
@@ -130,6 +130,8 @@ def _train(bench: Workbench, stop: StopRequest) -> None:
         bench.tokens += config.tokens_per_batch
         spent_s = time.perf_counter() - started
         bench.elapsed_s += spent_s
+        if bench.step == begun_at + 1:
+            _reserve_memory_for_checkpoints(bench)
         finished = bench.step == bench.num_steps
         if finished or bench.step % config.validate_every == 0:
             row["validation_loss"] = validation_loss(bench)
@@ -357,7 +359,7 @@ def save(bench: Workbench, *, held_out_loss: float | None = None) -> None:
     try:
         if "oom" in asked:
             raise torch.OutOfMemoryError("injected")
-        model = trained_state(bench)
+        model = resuming.trained_state(bench)
         moments = parallel.gather_optimizer(bench.scorer, bench.optimizer, bench.processes)
     except torch.OutOfMemoryError as error:
         raise MemoryExhaustedError(
@@ -388,8 +390,8 @@ def save(bench: Workbench, *, held_out_loss: float | None = None) -> None:
     )
 
 
-def trained_state(bench: Workbench) -> dict[str, Tensor]:
-    """Return what training changes: all weights, or the adapters alone where the rest is frozen."""
-    state = parallel.gather_model(bench.scorer, bench.processes)
-    trained = resuming.trained_names(bench.scorer)
-    return {name: value for name, value in state.items() if name in trained}
+def _reserve_memory_for_checkpoints(bench: Workbench) -> None:
+    """Once the optimizer has its state; what is sharded is gathered, which is no GPU's copy."""
+    if bench.processes.world == 1:
+        moments = parallel.gather_optimizer(bench.scorer, bench.optimizer, bench.processes)
+        bench.checkpoints.reserve({"model": resuming.trained_state(bench), "optimizer": moments})

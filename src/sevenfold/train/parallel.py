@@ -148,15 +148,11 @@ def gather_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes
 ) -> dict[str, Tensor]:
     """Return the optimizer's state as whole, flat tensors."""
-    names = optimizers.parameter_names(model, optimizer)
+    flat = optimizers.flatten_state(optimizers.parameter_names(model, optimizer), optimizer)
     if processes.world == 1:
-        return optimizers.flatten_state(names, optimizer)
-    flat = {}
-    for name, parameter in zip(names, optimizers.parameters(optimizer), strict=True):
-        for field, value in optimizer.state.get(parameter, {}).items():
-            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-            flat[f"{name}::{field}"] = whole.detach().cpu()
-    return flat
+        return flat
+    whole = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in flat.items()}
+    return {key: value.detach().cpu() for key, value in whole.items()}
 
 
 def scatter_optimizer(
@@ -173,7 +169,7 @@ def scatter_optimizer(
         parameters = dict(zip(names, optimizers.parameters(optimizer), strict=True))
         for key, value in flat.items():
             parameter = parameters.get(key.split("::")[0])
-            if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+            if isinstance(parameter, DTensor) and value.ndim == parameter.ndim:
                 value = value.to(processes.device)
                 flat[key] = distribute_tensor(value, parameter.device_mesh, parameter.placements)
     optimizers.restore_state(names, optimizer, flat)

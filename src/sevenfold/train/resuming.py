@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # What state.json holds and how tensors are named; another number is another layout.
-FORMAT = 2
+FORMAT = 3
 
 
 def resume(bench: Workbench, *, force: str | None = None) -> bool:
@@ -112,6 +112,13 @@ def restore(bench: Workbench, snapshot: checkpoint.Snapshot) -> None:
     bench.elapsed_s = snapshot.state["elapsed_s"]
     bench.last = snapshot.state["last"]
     bench.guard.restore(snapshot.state["guard"])
+
+
+def trained_state(bench: Workbench) -> dict[str, Tensor]:
+    """Return what training changes: all weights, or the adapters alone where the rest is frozen."""
+    state = parallel.gather_model(bench.scorer, bench.processes)
+    trained = trained_names(bench.scorer)
+    return {name: value for name, value in state.items() if name in trained}
 
 
 def trained_names(scorer: nn.Module) -> set[str]:

@@ -290,6 +290,7 @@ def _checkpoint(asked: Bench) -> Iterator[dict[str, Any]]:
             "durable_s": checkpoints.durable_s,
             "bytes": size_bytes,
             "step_s": usual_s,
+            "slowest_step_s": max(totals(usual)),
             **_program(),
         }
 

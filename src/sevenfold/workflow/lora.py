@@ -9,7 +9,7 @@ from sevenfold.base.errors import CheckpointError
 from sevenfold.model import llama
 from sevenfold.model import lora as adapters
 from sevenfold.objective.next_token import NEXT_TOKEN
-from sevenfold.train import loop
+from sevenfold.train import resuming
 from sevenfold.workflow import training, workbench
 from sevenfold.workflow.recipe import Recipe
 from sevenfold.workflow.sft import conversation_rows
@@ -37,7 +37,7 @@ def lora(run: records.Run, recipe: Recipe, options: training.StageOptions) -> No
     workbench.place(scorer, job.config, job.processes)
     bench = workbench.assemble(job, scorer, NEXT_TOKEN, rows, held_out)
     last = workbench.train(job, bench)
-    trained = loop.trained_state(bench)
+    trained = resuming.trained_state(bench)
     if job.processes.is_main:
         _export(job, trained)
         training.close(job, bench, last, row_fill=rows.fill)

@@ -74,6 +74,9 @@ class Measured:
 class _NotKept(checkpoint.Checkpoints):
     """Checkpoints of a trial that is to leave nothing behind."""
 
+    def reserve(self, parts: checkpoint.Parts) -> None:
+        """Do nothing."""
+
     def save(self, snapshot: checkpoint.Snapshot) -> None:
         """Do nothing."""
 

@@ -147,7 +147,7 @@ def assemble(
 def digest(bench: loop.Workbench) -> str:
     """Return a SHA-256 of what a run ends with: weights, optimizer, random states."""
     moments = parallel.gather_optimizer(bench.scorer, bench.optimizer, bench.processes)
-    return checkpoint.digest(loop.trained_state(bench), moments, checkpoint.random_state())
+    return checkpoint.digest(resuming.trained_state(bench), moments, checkpoint.random_state())
 
 
 class Unseen:

@@ -8,15 +8,23 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from tests.unit.train.test_loop import CONFIG, bench
+import torch
+from tests.unit.train.test_loop import CONFIG, bench, tiny_model
 
 from sevenfold.base import faults
 from sevenfold.base.errors import SevenfoldError
 from sevenfold.data.batches import Batches
 from sevenfold.train import loop, optimizer, parallel, resuming
 
+IN_8_BITS = dataclasses.replace(
+    CONFIG,
+    weights="bf16",
+    precision="bf16",
+    optimizer=dataclasses.replace(CONFIG.optimizer, kind="adamw_8bit"),
+)
 
-def main(folder: Path, micro_batch: int, odd_rank: int) -> None:
+
+def main(folder: Path, micro_batch: int, odd_rank: int, in_8_bits: str = "") -> None:
     """Train to the end, going on from a checkpoint where there is one.
 
     ``odd_rank`` is the process that is started with other data than the rest, -1 for none.
@@ -24,11 +32,12 @@ def main(folder: Path, micro_batch: int, odd_rank: int) -> None:
     processes = parallel.join()
     if (folder / "recovery.json").exists():
         os.environ.pop(faults.VARIABLE, None)  # memory that is enough now does not run out again
-    config = dataclasses.replace(CONFIG, micro_batch=micro_batch)
-    made = bench(folder, config=config, dropout=0.0, resume=False)
+    config = dataclasses.replace(IN_8_BITS if in_8_bits else CONFIG, micro_batch=micro_batch)
+    model = tiny_model(hidden_size=256).to(torch.bfloat16) if in_8_bits else None
+    made = bench(folder, config=config, dropout=0.0, model=model, resume=False)
     made.scorer.to(processes.device)  # on a machine with GPUs, each process has one
     layers = list(made.scorer.causal_model.model.layers)
-    parallel.shard(made.scorer, layers, processes, bf16=False)
+    parallel.shard(made.scorer, layers, processes, bf16=bool(in_8_bits))
     made.processes = processes
     made.optimizer = optimizer.make_optimizer(made.scorer, config.optimizer)
     rows = made.batches.source
@@ -50,7 +59,7 @@ def main(folder: Path, micro_batch: int, odd_rank: int) -> None:
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+        main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
     except SevenfoldError as error:
         sys.stderr.write(f"{error}\n")
         os._exit(error.exit_code)  # without waiting for the others' part of an exchange

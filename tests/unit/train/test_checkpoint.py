@@ -10,7 +10,13 @@ import torch
 
 from sevenfold.base import faults
 from sevenfold.base.errors import CheckpointError
-from sevenfold.train.checkpoint import Checkpoints, Snapshot, random_state, restore_random_state
+from sevenfold.train.checkpoint import (
+    Checkpoints,
+    Snapshot,
+    _MainMemory,
+    random_state,
+    restore_random_state,
+)
 
 
 def snapshot(step: int) -> Snapshot:
@@ -51,6 +57,27 @@ def test_only_the_newest_are_kept_whatever_their_times(tmp_path: Path) -> None:
     checkpoints.save(snapshot(4))
     checkpoints.finish()
     assert checkpoints.steps() == [3, 4]
+
+
+def test_where_no_memory_can_be_page_locked_it_is_said_once_and_ordinary_memory_serves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The limit for locked memory, or too little of it; page-locking fails alike without a GPU."""
+    empty = torch.empty
+
+    def refusing(*size: object, pin_memory: bool = False, **options: object) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("cannot lock")
+        return empty(*size, **options)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(torch, "empty", refusing)
+    memory = _MainMemory()
+    memory.reserve({"a": (torch.Size([2, 3]), torch.bfloat16), "b": (torch.Size([]), torch.int8)})
+    assert {name: (t.shape, t.dtype) for name, t in memory._buffers.items()} == {
+        "a": (torch.Size([2, 3]), torch.bfloat16),
+        "b": (torch.Size([]), torch.int8),
+    }
+    assert caplog.text.count("no page-locked memory (cannot lock)") == 1
 
 
 def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:

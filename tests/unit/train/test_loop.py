@@ -54,7 +54,7 @@ class Silent:
         pass
 
 
-def tiny_model(dropout: float = 0.0) -> Any:
+def tiny_model(dropout: float = 0.0, *, hidden_size: int = 16) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from sevenfold.model.attention import IMPLEMENTATION, register_attention
@@ -64,11 +64,12 @@ def tiny_model(dropout: float = 0.0) -> Any:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCAB,
-            hidden_size=16,
+            hidden_size=hidden_size,
             intermediate_size=32,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
+            head_dim=16,  # the least that FlexAttention takes on a GPU
             attention_dropout=dropout,
             attn_implementation=IMPLEMENTATION,
         )

@@ -27,14 +27,14 @@ def config(kind: Any) -> OptimizerConfig:
 
 def model() -> torch.nn.Module:
     torch.manual_seed(0)
-    layers = torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.Linear(64, 32))
+    layers = torch.nn.Sequential(torch.nn.Linear(256, 64), torch.nn.Linear(64, 32))
     return layers.to(torch.bfloat16)
 
 
 def steps(net: torch.nn.Module, made: torch.optim.Optimizer, numbers: range) -> None:
     """Do some steps; the data depend on the step alone, the rounding on the random state."""
     for number in numbers:
-        data = torch.randn(8, 128, generator=torch.Generator().manual_seed(number))
+        data = torch.randn(8, 256, generator=torch.Generator().manual_seed(number))
         optimizer.set_learning_rate(made, 1e-2 / (1 + number))
         net(data.to(torch.bfloat16)).float().square().sum().backward()
         made.step()
@@ -42,37 +42,33 @@ def steps(net: torch.nn.Module, made: torch.optim.Optimizer, numbers: range) -> 
 
 
 @pytest.mark.fault("C01")
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
 def test_from_a_checkpoint_the_same_weights_come_out(tmp_path: Path, kind: str) -> None:
     """The 8-bit one keeps codes and scales, and rounds its bf16 weights by chance."""
-    if kind == "adamw_8bit":
-        pytest.importorskip("torchao", reason="torchao brings the 8-bit optimizer")
-    with torch.compiler.set_stance("force_eager"):
-        net = model()
-        made = optimizer.make_optimizer(net, config(kind))
-        steps(net, made, range(3))
-        names = optimizer.parameter_names(net, made)
-        kept = Checkpoints(tmp_path, keep=1)
-        kept.save(
-            Snapshot(
-                step=3,
-                model=dict(net.state_dict()),
-                optimizer=optimizer.flatten_state(names, made),
-                random=random_state(),
-                state={},
-            )
+    net = model()
+    made = optimizer.make_optimizer(net, config(kind))
+    steps(net, made, range(3))
+    names = optimizer.parameter_names(net, made)
+    kept = Checkpoints(tmp_path, keep=1)
+    kept.save(
+        Snapshot(
+            step=3,
+            model=dict(net.state_dict()),
+            optimizer=optimizer.flatten_state(names, made),
+            random=random_state(),
+            state={},
         )
-        steps(net, made, range(3, 6))
-        kept.finish()
-        snapshot = kept.load_latest()
-        assert snapshot is not None
-        other = model()
-        again = optimizer.make_optimizer(other, config(kind))
-        other.load_state_dict(snapshot.model)
-        optimizer.restore_state(names, again, snapshot.optimizer)
-        restore_random_state(snapshot.random)
-        steps(other, again, range(3, 6))
+    )
+    steps(net, made, range(3, 6))
+    kept.finish()
+    snapshot = kept.load_latest()
+    assert snapshot is not None
+    other = model()
+    again = optimizer.make_optimizer(other, config(kind))
+    other.load_state_dict(snapshot.model)
+    optimizer.restore_state(names, again, snapshot.optimizer)
+    restore_random_state(snapshot.random)
+    steps(other, again, range(3, 6))
     for name, weight in net.state_dict().items():
         assert torch.equal(weight, other.state_dict()[name]), name
     assert any("codes" in key for key in snapshot.optimizer) == (kind == "adamw_8bit")
@@ -87,5 +83,5 @@ def test_the_state_of_other_parameters_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"other parameters \(2.weight\).*--no-resume"):
         optimizer.restore_state(names, made, {**flat, "2.weight::exp_avg": torch.zeros(2)})
     wrong = {**flat, "0.weight::exp_avg": torch.zeros(3, 3)}
-    with pytest.raises(CheckpointError, match=r"exp_avg: shape \(3, 3\), expected \(64, 128\)"):
+    with pytest.raises(CheckpointError, match=r"exp_avg: shape \(3, 3\), expected \(64, 256\)"):
         optimizer.restore_state(names, made, wrong)

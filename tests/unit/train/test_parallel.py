@@ -13,19 +13,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sevenfold.base.errors import SevenfoldError, UsageError
 from sevenfold.base.storage import JsonLines
 from sevenfold.train import parallel
+from sevenfold.train.checkpoint import Checkpoints
 from sevenfold.train.launch import launch
 
 REPOSITORY = Path(__file__).parents[3]
 
 
-def train(folder: Path, num_processes: int, *, micro_batch: int = 1, odd_rank: int = -1) -> int:
+PYTHON_PATH = f"{REPOSITORY / 'src'}:{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"
+
+
+def train(folder: Path, num_processes: int, *options: str, micro_batch: int = 1) -> int:
     """Train in so many processes; return the exit code."""
     arguments = ["-m", "tests.unit.train.several_processes", str(folder)]
-    arguments += [str(micro_batch), str(odd_rank)]
+    arguments += [str(micro_batch), *(options or ["-1"])]
     if num_processes == 1:
         return subprocess.run([sys.executable, *arguments], check=False, timeout=300).returncode
     return launch(arguments, num_processes)
@@ -44,7 +49,7 @@ def checkpoints(folder: Path) -> list[str]:
 def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     """Children import the package and the tests from here."""
     monkeypatch.chdir(REPOSITORY)
-    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY / 'src'}:{REPOSITORY}")
+    monkeypatch.setenv("PYTHONPATH", PYTHON_PATH)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +58,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(REPOSITORY)
-        patch.setenv("PYTHONPATH", f"{REPOSITORY / 'src'}:{REPOSITORY}")
+        patch.setenv("PYTHONPATH", PYTHON_PATH)
         assert train(folder, 1) == 0
     return folder
 
@@ -180,6 +185,29 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(
     assert np.allclose(losses(alone), losses(tmp_path), rtol=1e-4)
 
 
+@pytest.mark.fault("C09")
+def test_8_bit_moments_are_shared_out_anew_like_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes, then one: weights are rounded by chance, so losses agree to per cents."""
+    alone = tmp_path / "alone"
+    assert train(alone, 1, "-1", "in 8 bits") == 0
+    monkeypatch.setenv("SEVENFOLD_FAULTS", "term@step=12")
+    assert train(tmp_path, 2, "-1", "in 8 bits") == 75
+    step = Checkpoints(tmp_path / "checkpoints", keep=3).steps()[-1]
+    state = Checkpoints(tmp_path / "checkpoints", keep=3).load(step).optimizer
+    codes = state["model.model.layers.0.mlp.gate_proj.weight::exp_avg_codes"]
+    scales = state["model.model.layers.0.mlp.gate_proj.weight::exp_avg_scale"]
+    assert (codes.shape, codes.dtype, scales.shape) == ((32, 256), torch.uint8, (32, 1))
+    assert bool((codes.reshape(2, -1).float().std(1) > 0).all())  # both processes' halves
+    monkeypatch.setenv("SEVENFOLD_FAULTS", "term@step=17")
+    assert train(tmp_path, 1, "-1", "in 8 bits") == 75
+    monkeypatch.delenv("SEVENFOLD_FAULTS")
+    assert train(tmp_path, 2, "-1", "in 8 bits") == 0
+    assert len(losses(tmp_path)) == 24
+    assert np.allclose(losses(alone), losses(tmp_path), rtol=0.05)
+
+
 @pytest.mark.fault("A08", "A09", "D05")
 def test_what_happens_to_one_process_stops_all_and_costs_nothing(
     alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -219,7 +247,7 @@ def test_one_process_out_of_memory_lets_all_start_again_smaller(
 def test_processes_started_with_different_data_are_refused(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(tmp_path, 2, odd_rank=1) == 2
+    assert train(tmp_path, 2, "1") == 2
     told = capfd.readouterr().err
     assert "inputs.data is not the same in all 2 processes (here 'other'); start them all" in told
     assert not (tmp_path / "checkpoints").exists()

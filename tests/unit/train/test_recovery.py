@@ -367,7 +367,7 @@ def test_another_program_is_said_once_and_recorded(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 1}, r"written in format 1, this version reads 2.*--no-resume"),
+        ({"format": 1}, r"written in format 1, this version reads 3.*--no-resume"),
         ({}, r"embed_tokens.weight is \(61, 17\) torch.float32, the model's is \(61, 16\)"),
     ],
 )

@@ -1,0 +1,265 @@
+"""AdamW whose moments take 8 bits a value, for bf16 weights, whole or sharded.
+
+Block-wise dynamic quantization (Dettmers et al. 2022, arXiv:2110.02861): a code is an index into
+a table of 256 values between -1 and 1, dense around 0; every 256 neighbours of a row share a
+scale. Blocks never cross rows, so FSDP2, which shards rows, leaves them whole, and moments can be
+gathered and shared out anew like weights. bf16 weights are rounded stochastically, since the
+nearest bf16 number would swallow most updates.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+SMALLEST = 4096  # values; below it 8 bits save nothing
+SMALLEST_SCALE = 1e-12
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW (decoupled weight decay) with 8-bit moments where a matrix has whole blocks a row.
+
+    The state of such a matrix [rows, columns] is a step count, and of each moment codes [rows,
+    columns] and scales [rows, columns / 256]; other parameters have fp32 moments.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        betas: tuple[float, float],
+        epsilon: float,
+        lr: float = 0.0,
+    ):
+        """Train ``groups`` of parameters, each with its ``weight_decay``."""
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": epsilon, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Apply the gradients."""
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            factors: dict[tuple[float, torch.device], Tensor] = {}
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter] or self._begin(parameter)
+                state["step"] += 1
+                key = (float(state["step"]), parameter.device)
+                if key not in factors:
+                    factors[key] = _factors(group, key[0]).to(parameter.device)
+                _apply(parameter, state, factors[key], group)
+        return loss
+
+    def _begin(self, parameter: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[parameter]
+        state["step"] = torch.tensor(0.0)
+        for moment in MOMENTS:
+            if in_8_bits(parameter.shape):
+                state[f"{moment}_codes"] = torch.zeros_like(parameter, dtype=torch.uint8)
+                state[f"{moment}_scale"] = _zero_scales(parameter)
+            else:
+                state[moment] = torch.zeros_like(parameter, dtype=torch.float32)
+        return state
+
+
+def in_8_bits(shape: torch.Size) -> bool:
+    """Whether the moments of a parameter of this shape, sharded or not, are kept in 8 bits."""
+    return len(shape) >= 2 and shape[-1] % BLOCK == 0 and math.prod(shape) >= SMALLEST
+
+
+def state_shapes(shape: torch.Size) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what is kept for a parameter of this shape, but for its step count."""
+    if not in_8_bits(shape):
+        return {moment: tuple(shape) for moment in MOMENTS}
+    scales = (*shape[:-1], shape[-1] // BLOCK)
+    return {f"{m}_codes": tuple(shape) for m in MOMENTS} | {f"{m}_scale": scales for m in MOMENTS}
+
+
+def state_bytes(shape: torch.Size) -> int:
+    """Bytes that the moments of a parameter of this shape take."""
+    return sum(
+        math.prod(each) * (1 if name.endswith("_codes") else 4)
+        for name, each in state_shapes(shape).items()
+    )
+
+
+def _zero_scales(parameter: Tensor) -> Tensor:
+    """Return one scale a block, sharded by rows as the parameter is."""
+    local = _local(parameter)
+    scales = torch.zeros(
+        (*local.shape[:-1], local.shape[-1] // BLOCK), dtype=torch.float32, device=local.device
+    )
+    if local is parameter:
+        return scales
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(parameter, DTensor)
+    shape = torch.Size((*parameter.shape[:-1], parameter.shape[-1] // BLOCK))
+    sharded: Tensor = DTensor.from_local(
+        scales,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
+    )
+    return sharded
+
+
+def _local(tensor: Any) -> Tensor:
+    """Return this process's part of a tensor."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
+def _factors(group: dict[str, Any], step: float) -> Tensor:
+    """Return what changes from step to step, [3]: kept weight, step size, 1 / sqrt(correction 2).
+
+    As a tensor, since compiled code would be compiled anew for every other number.
+    """
+    beta1, beta2 = group["betas"]
+    kept = 1 - group["lr"] * group["weight_decay"]
+    step_size = group["lr"] / (1 - beta1**step)
+    return torch.tensor([kept, step_size, (1 - beta2**step) ** -0.5], dtype=torch.float32)
+
+
+def _apply(
+    parameter: Tensor, state: dict[str, Tensor], factors: Tensor, group: dict[str, Any]
+) -> None:
+    """Update one parameter and its moments in place."""
+    weights, gradient = _local(parameter.detach()), _local(parameter.grad)
+    if not weights.numel():
+        return
+    constants = (factors, *group["betas"], group["eps"])
+    if not in_8_bits(parameter.shape):
+        moments = [_local(state[moment]).view(-1) for moment in MOMENTS]
+        tensors = [weights.view(-1), gradient.reshape(-1), *moments]
+        _compiled(_update, weights)(*_of_any_size(tensors), *constants)
+        return
+    codes = [_local(state[f"{moment}_codes"]).view(-1, BLOCK) for moment in MOMENTS]
+    scales = [_local(state[f"{moment}_scale"]).view(-1, 1) for moment in MOMENTS]
+    tables = [_table(moment, weights.device) for moment in MOMENTS]
+    tensors = [weights.view(-1, BLOCK), gradient.reshape(-1, BLOCK), *codes, *scales]
+    _compiled(_update_blocks, weights)(*_of_any_size(tensors), *tables, *constants)
+
+
+def _of_any_size(tensors: list[Tensor]) -> list[Tensor]:
+    """Have the first dimension compiled as a variable: one compilation for all parameters."""
+    for tensor in tensors:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return tensors
+
+
+def _compiled(update: Callable[..., None], tensor: Tensor) -> Callable[..., None]:
+    return _compile(update) if tensor.is_cuda else update
+
+
+@functools.cache
+def _compile(update: Callable[..., None]) -> Callable[..., None]:
+    compiled: Callable[..., None] = torch.compile(update, fullgraph=True)
+    return compiled
+
+
+def _update_blocks(
+    weights: Tensor,
+    gradient: Tensor,
+    codes: Tensor,
+    codes_sq: Tensor,
+    scale: Tensor,
+    scale_sq: Tensor,
+    table: Tensor,
+    table_sq: Tensor,
+    factors: Tensor,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+) -> None:
+    """Update blocks of weights, [blocks, 256], with a scale each, [blocks, 1]."""
+    moment = table[codes.int()] * scale
+    moment_sq = table_sq[codes_sq.int()] * scale_sq
+    new = _adamw(weights, gradient, moment, moment_sq, factors, beta1, beta2, epsilon)
+    weights.copy_(new[0])
+    for value, table_of_it, code, size in (
+        (new[1], table, codes, scale),
+        (new[2], table_sq, codes_sq, scale_sq),
+    ):
+        largest = value.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_SCALE)
+        middles = (table_of_it[1:] + table_of_it[:-1]) / 2
+        code.copy_(torch.bucketize(value / largest, middles, out_int32=True, right=True))
+        size.copy_(largest)
+
+
+def _update(
+    weights: Tensor,
+    gradient: Tensor,
+    moment: Tensor,
+    moment_sq: Tensor,
+    factors: Tensor,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+) -> None:
+    """Update weights whose moments are kept in fp32."""
+    new = _adamw(weights, gradient, moment, moment_sq, factors, beta1, beta2, epsilon)
+    for old, value in zip((weights, moment, moment_sq), new, strict=True):
+        old.copy_(value)
+
+
+def _adamw(
+    weights: Tensor,
+    gradient: Tensor,
+    moment: Tensor,
+    moment_sq: Tensor,
+    factors: Tensor,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return new weights, rounded stochastically to bf16 if they are, and new moments in fp32."""
+    gradient = gradient.float()
+    moment = moment.lerp(gradient, 1 - beta1)
+    moment_sq = moment_sq.lerp(gradient.square(), 1 - beta2)
+    change = factors[1] * moment / (moment_sq.sqrt() * factors[2] + epsilon)
+    new = weights.float() * factors[0] - change
+    if weights.dtype == torch.bfloat16:
+        new = _round_stochastically(new)
+    return new, moment, moment_sq
+
+
+def _round_stochastically(values: Tensor) -> Tensor:
+    """Return fp32 numbers as bf16, up or down by chance so that the mean stays.
+
+    bf16 is the upper half of fp32's bits: what carries over from a random addition to the lower
+    half rounds away from zero.
+    """
+    noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device)
+    bits = (values.view(torch.int32) + noise) & -65_536
+    return bits.view(torch.float32).bfloat16()
+
+
+@functools.cache
+def _table(moment: str, device: torch.device) -> Tensor:
+    """Return the 256 values that codes stand for, [256], rising; of squares, from 0 on."""
+    return torch.tensor(dynamic_table(signed=moment == "exp_avg"), device=device)
+
+
+def dynamic_table(*, signed: bool) -> list[float]:
+    """Return the paper's table: seven decades, each with twice as many values as the one below.
+
+    A value is the middle of a step between 0.1 and 1 of its decade; 0 and 1 are added.
+    """
+    values = [0.0, 1.0]
+    for decade in range(7):
+        steps = 2**decade if signed else 2 ** (decade + 1)
+        bounds = torch.linspace(0.1, 1, steps + 1)
+        middles = ((bounds[:-1] + bounds[1:]) / 2 * 10.0 ** (decade - 6)).tolist()
+        values += middles + [-value for value in middles if signed]
+    return sorted(values)
