@@ -1,7 +1,11 @@
-"""FP8 matrix products for training, with torchao's tensorwise recipe.
+"""FP8 training: which layers, with which scales, on which machines.
 
-Weights, inputs and gradients are cast with one scale per tensor. The embedding and the head stay
-as they are: the head's logits need the precision, and the embedding is no matrix product.
+Ours (``convert_to_float8``): weights cast once a step, delayed scaling of inputs and gradients.
+torchao's tensorwise recipe (``convert_with_torchao``): everything cast with its own scale whenever
+it is used; the reference, and what several GPUs train with.
+
+The embedding and the head stay as they are: the head's logits need the precision, and the
+embedding is no matrix product.
 """
 
 from __future__ import annotations
@@ -12,19 +16,29 @@ import logging
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sevenfold.base.errors import UsageError
+from sevenfold.model.float8_linear import DIVISOR, E4M3, Float8Linear, Scaling, scale_for
 
 log = logging.getLogger(__name__)
 
-# The smallest block an FP8 matrix product takes, in elements of either side of the weight.
-DIVISOR = 16
 NEEDED_CAPABILITY = (8, 9)
 INSTALL = "pip install 'sevenfold[fp8]'"
+# Steps whose largest magnitude, the largest of all, decides the scale of the next.
+# Source: Transformer Engine's delayed scaling recipe, with the length of its tutorial
+# (DelayedScaling(fp8_format=Format.HYBRID, amax_history_len=16, amax_compute_algo="max")).
+HISTORY_LENGTH = 16
+# Backward passes until scales without a history hold: the first finds those of the layers' outputs,
+# whose gradients come along the residual stream, the second those before them, the third all anew.
+ROUNDS = 3
+# Layers of a decoder that get the same input.
+SAME_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+NAME = "float8"
+HISTORY = f"{NAME}.history"
 
 
-def why_not_float8(*, emulate: bool = False) -> str | None:
+def why_not_float8(*, emulate: bool = False, torchao: bool = False) -> str | None:
     """Return why this machine cannot train in FP8 and what to do about it, or None if it can."""
     if not emulate and not torch.cuda.is_available():
         return (
@@ -38,49 +52,82 @@ def why_not_float8(*, emulate: bool = False) -> str | None:
             return (
                 f"fp8 needs compute capability 8.9 or above (H100, H200) and {found}; use --no-fp8"
             )
+    if not torchao:
+        return None
     try:
         importlib.import_module("torchao.float8")
     except ImportError as error:
-        return f"fp8 needs torchao ({error}); install it with {INSTALL}, or use --no-fp8"
+        return f"fp8_torchao needs torchao ({error}); install it with {INSTALL}, or use --no-fp8"
     return None
 
 
-def require_float8(*, emulate: bool = False) -> None:
+def require_float8(*, emulate: bool = False, torchao: bool = False) -> None:
     """Do nothing if this machine can train in FP8.
 
     Errors:
         UsageError: it cannot; the message says why, and what to install or to use instead.
     """
-    if reason := why_not_float8(emulate=emulate):
+    if reason := why_not_float8(emulate=emulate, torchao=torchao):
         raise UsageError(reason)
 
 
 def convert_to_float8(model: nn.Module, *, emulate: bool = False) -> nn.Module:
     """Replace the layers' linear modules by FP8 ones, in place, and return ``model``.
 
-    Call it before compiling and sharding. ``emulate`` computes the same roundings without FP8
-    hardware, slowly; it is for tests.
+    Call it before compiling, with the weights where they are to be trained. ``emulate`` computes
+    the same roundings without FP8 hardware, slowly; it is for tests.
 
     Errors:
         UsageError: the machine cannot, or no linear module has sides divisible by 16.
     """
     require_float8(emulate=emulate)
+    decoder: nn.Module = getattr(model, "get_decoder", lambda: model)()
+    linears: list[Float8Linear] = []
+    shared: dict[tuple[str, str], Scaling] = {}
+    for name in sorted(_chosen(model)):
+        parent_name, _, own = name.rpartition(".")
+        parent, linear = model.get_submodule(parent_name), model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        group = next((min(names) for names in SAME_INPUT if own in names), own)
+        scaling = shared.setdefault((parent_name, group), Scaling(E4M3, linear.weight.device))
+        linears.append(Float8Linear(linear, scaling, emulate=emulate))
+        setattr(parent, own, linears[-1])
+    decoder.add_module(NAME, Scalings(linears))
+    decoder.register_forward_pre_hook(_refresh)
+    log.info("fp8: %d linear layers converted", len(linears))
+    return model
+
+
+def convert_with_torchao(model: nn.Module, *, emulate: bool = False) -> nn.Module:
+    """Replace the layers' linear modules by torchao's with its tensorwise recipe, in place.
+
+    Call it before compiling and sharding.
+
+    Errors:
+        UsageError: the machine cannot, or no linear module has sides divisible by 16.
+    """
+    require_float8(emulate=emulate, torchao=True)
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    chosen = float8_names(model)
-    if not chosen:
-        raise UsageError(
-            f"fp8: no linear layer has both sides divisible by {DIVISOR}; change hidden_size and "
-            "intermediate_size, or use --no-fp8"
-        )
+    chosen = _chosen(model)
     recipe: Any = Float8LinearConfig.from_recipe_name("tensorwise")
     convert_to_float8_training(
         model,
         config=dataclasses.replace(recipe, emulate=emulate),
         module_filter_fn=lambda module, name: name in chosen,
     )
-    log.info("fp8: %d linear layers converted", len(chosen))
+    log.info("fp8: %d linear layers converted with torchao's tensorwise recipe", len(chosen))
     return model
+
+
+def _chosen(model: nn.Module) -> set[str]:
+    chosen = float8_names(model)
+    if not chosen:
+        raise UsageError(
+            f"fp8: no linear layer has both sides divisible by {DIVISOR}; change hidden_size and "
+            "intermediate_size, or use --no-fp8"
+        )
+    return chosen
 
 
 def float8_names(model: nn.Module) -> set[str]:
@@ -94,3 +141,117 @@ def float8_names(model: nn.Module) -> set[str]:
         and module.in_features % DIVISOR == 0
         and module.out_features % DIVISOR == 0
     }
+
+
+class Scalings(nn.Module):
+    """The scales of all FP8 layers of a model, and what they come from.
+
+    ``history`` holds the largest magnitude of every scaled tensor in the last steps, newest last,
+    0 for unknown. It is all that a checkpoint needs: scales follow from it, casts from weights.
+    Nothing that follows from something else can be out of date, since before each forward pass
+    the versions that PyTorch counts for tensors are compared.
+    """
+
+    history: Tensor
+
+    def __init__(self, linears: list[Float8Linear]):
+        """Scale ``linears``: their inputs, each once, then their gradients, in this order."""
+        super().__init__()
+        # In a plain list, so that they do not become modules of this one, too.
+        self._linears = linears
+        inputs = dict.fromkeys(linear.input_scaling for linear in linears)
+        self._scalings = [*inputs, *(linear.gradient_scaling for linear in linears)]
+        self._num_inputs = len(inputs)
+        self._cast_of: dict[Float8Linear, tuple[int, int]] = {}
+        self._scales_of = -1
+        self._has_history = False
+        empty = torch.zeros(len(self._scalings), HISTORY_LENGTH, dtype=torch.float32)
+        self.register_buffer("history", empty.to(linears[0].weight.device))
+
+    @property
+    def has_history(self) -> bool:
+        """False until a step has ended after the rounds before it; asks the device until then."""
+        self._has_history = self._has_history or bool(self.history[:, :-ROUNDS].any())
+        return self._has_history
+
+    def begin(self) -> None:
+        """Forget the magnitudes noted since the last :meth:`end`: their step was given up."""
+        torch._foreach_zero_([scaling.amax for scaling in self._scalings])
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """Take a step's magnitudes into the history; those that are not finite say nothing."""
+        noted = torch.stack([scaling.amax for scaling in self._scalings])
+        noted = torch.where(noted.isfinite(), noted, 0.0)
+        self.history.copy_(torch.cat([self.history[:, 1:], noted[:, None]], dim=1))
+        self.begin()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Compute the scales and cast the weights that have changed since this was done last."""
+        if self.history._version != self._scales_of:
+            self._set_scales()
+            self._scales_of = self.history._version
+        present = {linear: _version(linear.weight) for linear in self._linears}
+        changed = [
+            linear for linear in self._linears if self._cast_of.get(linear) != present[linear]
+        ]
+        if changed:
+            _cast_weights(changed)
+            self._cast_of = present
+
+    def _set_scales(self) -> None:
+        amax = self.history.amax(dim=1)
+        kinds = self._scalings[0].dtype, self._scalings[-1].dtype
+        parts = amax.split([self._num_inputs, len(self._linears)])
+        scales = torch.cat([scale_for(part, kind) for part, kind in zip(parts, kinds, strict=True)])
+        for name, values in (("scale", scales), ("inverse", 1 / scales)):
+            targets = [getattr(scaling, name) for scaling in self._scalings]
+            torch._foreach_copy_(targets, list(values.unbind()))
+
+
+def _version(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor._version
+
+
+def _cast_weights(linears: list[Float8Linear]) -> None:
+    """Cast weights by the scales that they ask for; these are powers of two, so bf16 is exact."""
+    weights: list[Tensor] = [linear.weight for linear in linears]
+    amax = torch.stack(torch._foreach_norm(weights, float("inf"))).float()
+    scales = scale_for(amax, E4M3)
+    torch._foreach_copy_([linear.weight_inverse for linear in linears], list((1 / scales).unbind()))
+    for linear, scale in zip(linears, scales.unbind(), strict=True):
+        linear.weight8.copy_(linear.weight * scale)
+
+
+def _refresh(decoder: nn.Module, _: Any) -> None:
+    scalings = getattr(decoder, NAME)
+    scalings.refresh()
+
+
+def _scalings_of(model: nn.Module) -> Scalings | None:
+    return next((module for module in model.modules() if isinstance(module, Scalings)), None)
+
+
+def begin_step(model: nn.Module) -> None:
+    """Begin the gradients of a step, or begin them again."""
+    if scalings := _scalings_of(model):
+        scalings.begin()
+
+
+def end_step(model: nn.Module) -> None:
+    """Let the next step's scales learn from this one; a step that is given up is not ended."""
+    if scalings := _scalings_of(model):
+        scalings.end()
+
+
+def forget_history(model: nn.Module) -> None:
+    """Start again without scales."""
+    if scalings := _scalings_of(model):
+        scalings.history.zero_()
+
+
+def has_history(model: nn.Module) -> bool:
+    """False while a model's scales, if it needs any, come from no whole step."""
+    scalings = _scalings_of(model)
+    return scalings is None or scalings.has_history

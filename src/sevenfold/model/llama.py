@@ -20,6 +20,7 @@ from sevenfold.base.errors import BadDataError, CheckpointError, DivergedError, 
 from sevenfold.data.tokenizer import load_tokenizer as load_tokenizer
 from sevenfold.data.tokenizer import reserved_ids, stop_ids
 from sevenfold.model.config import InitConfig, ModelConfig
+from sevenfold.model.float8 import HISTORY
 from sevenfold.model.kernels import note_model
 
 if TYPE_CHECKING:
@@ -248,10 +249,11 @@ def _state_to_save(
 ) -> dict[str, torch.Tensor]:
     """Return the weights under plain names, on the CPU, tied ones once."""
     tied = set(model.all_tied_weights_keys)
-    expected = {plain_name(name) for name in model.state_dict()} - tied
+    left_out = {*tied, *(name for name in model.state_dict() if name.endswith(HISTORY))}
+    expected = {plain_name(name) for name in model.state_dict()} - left_out
     state: dict[str, torch.Tensor] = {}
     for name, tensor in (model.state_dict() if given is None else given).items():
-        if plain_name(name) in tied:
+        if plain_name(name) in left_out:
             continue
         kept = dtype if tensor.is_floating_point() else tensor.dtype
         state[plain_name(name)] = tensor.detach().to(device="cpu", dtype=kept).contiguous()

@@ -17,6 +17,7 @@ from sevenfold.base.errors import DivergedError, MemoryExhaustedError, StoppedEr
 from sevenfold.base.hardware import OOMHandler, peak_memory_gib, release_memory
 from sevenfold.base.storage import JsonLines
 from sevenfold.data.batches import Batch, Batches
+from sevenfold.model import float8
 from sevenfold.objective.next_token import Objective, Scorer
 from sevenfold.train import checkpoint, launch, optimizer, parallel, resuming
 from sevenfold.train.config import TrainConfig
@@ -75,17 +76,7 @@ class Workbench:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which this stage's forward passes run."""
-        return autocast(self.config, self.processes)
-
-
-def autocast(
-    config: TrainConfig, processes: parallel.Processes
-) -> contextlib.AbstractContextManager[Any]:
-    """Compute in bf16 where weights are kept in fp32 on a single GPU; FSDP2 casts itself."""
-    mixed = config.weights == "fp32" and config.precision in ("bf16", "fp8")
-    if mixed and processes.world == 1:
-        return torch.autocast(processes.device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
+        return parallel.autocast(self.config, self.processes)
 
 
 def fit(bench: Workbench) -> dict[str, Any]:
@@ -162,7 +153,7 @@ def train_step(bench: Workbench, batch: Batch, length: int, stop: StopRequest) -
     stop.agreed = stops > 0
     rate = learning_rate(bench.config.schedule, bench.step, bench.num_steps)
     optimizer.set_learning_rate(bench.optimizer, rate)
-    sums = _fitting(bench, bench.step, length, lambda: _accumulate(bench, batch, length, weight))
+    sums = _fitting(bench, bench.step, length, lambda: _gradients(bench, batch, length, weight))
     bench.clock.mark(UPDATE)
     parameters = list(bench.trained.values())
     norm, grad_norm = optimizer.gradient_norm(parameters)
@@ -207,6 +198,18 @@ def _fitting(bench: Workbench, step: int, length: int, compute: Callable[[], T])
         release_memory()
 
 
+def _gradients(bench: Workbench, batch: Batch, length: int, weight: float) -> dict[str, float]:
+    """Add up a step's gradients, once FP8 has scales: before the first step they are sought."""
+    if not float8.has_history(bench.scorer):
+        rows = bench.memory.micro_batch * bench.config.longest_context // length
+        float8.forget_history(bench.scorer)
+        for _ in range(float8.ROUNDS):
+            _accumulate(bench, batch.rows(0, rows), length, weight)
+            float8.end_step(bench.scorer)
+            bench.optimizer.zero_grad(set_to_none=True)
+    return _accumulate(bench, batch, length, weight)
+
+
 def _accumulate(bench: Workbench, batch: Batch, length: int, weight: float) -> dict[str, float]:
     """Add up the gradients of all micro-batches, each divided by the global batch's weight.
 
@@ -215,6 +218,7 @@ def _accumulate(bench: Workbench, batch: Batch, length: int, weight: float) -> d
     world = bench.processes.world
     rows = bench.memory.micro_batch * bench.config.longest_context // length
     sums: dict[str, Tensor] = {}
+    float8.begin_step(bench.scorer)
     for micro_batch in batch.split(rows):
         asked = launch.at_phase(bench.step + 1, "forward")
         with bench.autocast():
@@ -240,7 +244,7 @@ def _update(bench: Workbench) -> None:
     try:
         if "oom" in asked:
             raise torch.OutOfMemoryError("injected")
-        bench.optimizer.step()
+        optimizer.update(bench.optimizer, bench.scorer)
     except torch.OutOfMemoryError as error:
         raise MemoryExhaustedError(
             f"step {bench.step + 1}: out of memory in the optimizer (peak {peak_memory_gib():.1f} "

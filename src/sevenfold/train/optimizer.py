@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sevenfold.base.errors import CheckpointError
+from sevenfold.model import float8
 from sevenfold.train import adamw_8bit
 from sevenfold.train.adamw_8bit import AdamW8bit
 from sevenfold.train.config import OptimizerConfig
@@ -23,14 +24,28 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     ]
     groups = [group for group in groups if group["params"]]
     if config.kind == "adamw_8bit":
-        return AdamW8bit(groups, betas=config.betas, epsilon=config.epsilon)
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.epsilon, fused=True)
+        made: torch.optim.Optimizer = AdamW8bit(groups, betas=config.betas, epsilon=config.epsilon)
+    else:
+        made = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.epsilon, fused=True)
+    made.register_step_post_hook(_count_update)
+    return made
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Set the rate of all groups."""
     for group in optimizer.param_groups:
         group["lr"] = value
+
+
+def _count_update(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Let PyTorch count the change of the weights: fused kernels do not, nor need others."""
+    torch.autograd.graph.increment_version(parameters(optimizer))
+
+
+def update(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Apply the gradients of a step, which is over with that."""
+    optimizer.step()
+    float8.end_step(model)
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> tuple[Tensor, float]:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import socket
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from sevenfold.base.errors import UsageError
 from sevenfold.base.hardware import training_device
 from sevenfold.train import optimizer as optimizers
+from sevenfold.train.config import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,14 @@ def _require_address(host: str) -> None:
             f"MASTER_ADDR '{host}': no such host ({error.strerror}); name the first node, or let "
             "Sevenfold start the processes of one node itself"
         ) from None
+
+
+def autocast(config: TrainConfig, processes: Processes) -> AbstractContextManager[Any]:
+    """Compute in bf16 where weights are kept in fp32 on a single GPU; FSDP2 casts itself."""
+    mixed = config.weights == "fp32" and config.precision in ("bf16", "fp8", "fp8_torchao")
+    if mixed and processes.world == 1:
+        return torch.autocast(processes.device.type, dtype=torch.bfloat16)
+    return nullcontext()
 
 
 def shard(scorer: nn.Module, layers: list[nn.Module], processes: Processes, *, bf16: bool) -> None:

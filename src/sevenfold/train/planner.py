@@ -9,9 +9,9 @@ measured on one H100 with the 7B at 2048 tokens, 8-bit AdamW and CCE:
     bf16, micro-batch 2, 1 a step        45.6 GiB  45.7 GiB   +0.3 %
     bf16, micro-batch 2, 8 a step        59.1 GiB  59.1 GiB   +0.0 %
     bf16, micro-batch 4, 4 a step        76.4 GiB  76.5 GiB   +0.1 %
-    fp8 tensorwise, micro-batch 2, 1     43 GiB    43.3 GiB   +0.7 %
-    fp8 tensorwise, micro-batch 2, 8     54 GiB    54.6 GiB   +1.1 %
-    fp8 tensorwise, micro-batch 4, 4     66 GiB    67.5 GiB   +2.2 %
+    fp8_torchao, micro-batch 2, 1        43 GiB    43.3 GiB   +0.7 %
+    fp8_torchao, micro-batch 2, 8        54 GiB    54.6 GiB   +1.1 %
+    fp8_torchao, micro-batch 4, 4        66 GiB    67.5 GiB   +2.2 %
     ===================================  ========  =========  ======
 
 One constant (``OVERHEAD_GIB``) was fitted to these six; the rest is counted. Nothing else has been
@@ -35,7 +35,7 @@ from sevenfold.model.config import ModelConfig
 from sevenfold.train.config import TrainConfig
 
 GIB = 2**30
-BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
+BYTES = {"fp32": 4, "bf16": 2, "fp8": 2, "fp8_torchao": 2}
 # Two moments of fp32; two of 8 bits with an fp32 scale for every 256 values.
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256}
 # The 8-bit optimizer's step works in fp32, tensor by tensor: two copies of the largest.
@@ -49,6 +49,7 @@ LONGEST_CPU_RUN_S = 30 * 86_400
 USABLE_FRACTION = 0.97
 
 LossKernel = Literal["plain", "chunked", "cce"]
+Precision = Literal["fp32", "bf16", "fp8", "fp8_torchao"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,7 @@ def plan(
     train: TrainConfig,
     *,
     num_steps: int,
-    precision: Literal["fp32", "bf16", "fp8"],
+    precision: Precision,
     world_size: int = 1,
     loss_kernel: LossKernel = "chunked",
     compiled: bool = True,
@@ -250,6 +251,10 @@ class _Settings:
     def _gathered_bytes(self) -> float:
         """Bytes of weights that exist a second time while computing."""
         model, compute = self.model, self.compute_bytes
+        if self.precision == "fp8":
+            # Every layer's weights are kept in 8 bits; the head's are cast where they are fp32.
+            head = model.vocab_size * model.hidden_size if self.train.weights == "fp32" else 0
+            return float(model.num_layers * model.num_layer_matmul_parameters + 2 * head)
         if self.world_size == 1:
             # Autocast keeps a bf16 copy of every fp32 weight from forward to backward.
             casts = self.train.weights == "fp32" and self.precision != "fp32"
@@ -272,14 +277,16 @@ class _Settings:
 
         Residual stream twice (before attention and before the MLP), both normed inputs, queries,
         keys, values, attention's output, gate, up and their product. In FP8 the normed inputs are
-        kept in 8 bits and the product is computed again.
+        kept in 8 bits (ours: one input of four, the others are cast again) and the product is
+        computed again.
         """
         model, compute = self.model, self.compute_bytes
         h, f = model.hidden_size, model.intermediate_size
         q, k = model.num_heads * model.head_width, model.num_kv_heads * model.head_width
         attention = compute * (2 * q + 2 * k) + 4 * model.num_heads
-        if self.precision == "fp8":
-            kept = compute * 2 * h + 2 * h + compute * 2 * f
+        if self.precision.startswith("fp8"):
+            inputs = h if self.precision == "fp8" else 2 * h
+            kept = compute * 2 * h + inputs + compute * 2 * f
         else:
             kept = compute * (4 * h + 3 * f)
         if self.train.weights == "fp32" and self.precision != "fp32" and self.world_size == 1:

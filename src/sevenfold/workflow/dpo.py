@@ -19,7 +19,7 @@ from sevenfold.data.packing import PackedPreferences, Preference
 from sevenfold.model import llama
 from sevenfold.objective.next_token import Objective, Scorer
 from sevenfold.objective.preference import preference_objective, reference_scores
-from sevenfold.train import loop
+from sevenfold.train import parallel
 from sevenfold.workflow import training, workbench
 from sevenfold.workflow.recipe import DPOConfig, Recipe
 
@@ -125,7 +125,7 @@ def _scores(job: training.Job, scorer: Scorer, rows: PackedPreferences) -> NDArr
                 rows,
                 micro_batch=memory.micro_batch,
                 device=job.processes.device,
-                autocast=loop.autocast(job.config, job.processes),
+                autocast=parallel.autocast(job.config, job.processes),
             )
         memory.halve({"phase": "reference", "seq_len": job.config.longest_context})
         release_memory()

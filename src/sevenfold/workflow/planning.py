@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
 
 from sevenfold.base import console, storage
 from sevenfold.base.hardware import GPUInfo, detect_gpu_type
@@ -63,11 +62,12 @@ def plan_stage(run: Run, recipe: Recipe, stage: str, rate: planner.Rate | None =
     return StagePlan(stage=stage, plan=plan, has_length=num_steps is not None)
 
 
-def _precision(config: TrainConfig, gpu: GPUInfo) -> Literal["fp32", "bf16", "fp8"]:
-    if config.precision != "auto":
-        return config.precision
-    # Without a GPU the plan is about the GPU that the recipe is meant for.
-    return "fp8" if gpu["supports_fp8"] else "bf16"
+def _precision(config: TrainConfig, gpu: GPUInfo) -> planner.Precision:
+    precision = config.precision
+    if precision == "auto":
+        # Without a GPU the plan is about the GPU that the recipe is meant for.
+        precision = "fp8" if gpu["supports_fp8"] else "bf16"
+    return "fp8_torchao" if precision == "fp8" and gpu["num_gpus"] > 1 else precision
 
 
 def _num_steps(run: Run, config: TrainConfig, stage: str) -> int | None:

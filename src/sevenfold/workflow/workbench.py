@@ -64,6 +64,8 @@ def make_scorer(model: Any, config: TrainConfig, kernel: str) -> Scorer:
     """Put FP8 and recomputation into ``model`` as ``config`` says, and make it score."""
     if config.precision == "fp8":
         float8.convert_to_float8(model)
+    if config.precision == "fp8_torchao":
+        float8.convert_with_torchao(model)
     if config.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Scorer(model, kernel=kernel)

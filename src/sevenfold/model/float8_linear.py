@@ -1,0 +1,232 @@
+"""A linear layer whose three matrix products are computed in FP8, and the casts around them.
+
+Inputs and weights are cast to e4m3, gradients to e5m2, each tensor with one scale, a power of two,
+so that only the rounding to 8 bits costs precision. What is cast depends on no other element of
+its tensor, so that a compiler can fuse the cast with whatever computes the values:
+
+- weights are cast when they have changed, and the cast is kept over the micro-batches of a step;
+- inputs and gradients are cast with the scale that earlier steps found (delayed scaling), while
+  their largest magnitude is noted for later ones; values beyond the range are set to its end;
+- where no gradients are wanted, inputs are cast with the scale that their own values ask for.
+
+Infinities become NaN, so that no cast hides them.
+
+Shapes: n tokens, i inputs, o outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+LARGEST = {dtype: torch.finfo(dtype).max for dtype in (E4M3, E5M2)}
+# Below this a tensor counts as zero; it keeps scales and their inverses normal fp32 numbers.
+SMALLEST_AMAX = 2.0**-100
+# The bits of an fp32 number's exponent: without the others it is a power of two.
+EXPONENT = 0x7F800000
+# The smallest block an FP8 matrix product takes, in elements of the summed dimension.
+DIVISOR = 16
+
+
+def largest(values: Tensor) -> Tensor:
+    """Return the largest magnitude []; row by row first, as a compiler can fuse it with a norm."""
+    return values.detach().abs().amax(-1).amax().float()
+
+
+def scale_for(amax: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the largest powers of two that keep ``amax`` in range; 1 where it is 0."""
+    exact = LARGEST[dtype] / amax.clamp(min=SMALLEST_AMAX)
+    rounded = (exact.view(torch.int32) & EXPONENT).view(torch.float32)
+    return torch.where(amax > 0, rounded, torch.ones_like(rounded))
+
+
+def cast(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``values * scale`` rounded to FP8; what is too large saturates, infinity is NaN."""
+    scaled = values.float() * scale
+    saturated = scaled.clamp(-LARGEST[dtype], LARGEST[dtype])
+    # A constant NaN would differ from itself, and a compiler would not see that two casts are one.
+    return torch.where(scaled.isinf(), scaled - scaled, saturated).to(dtype)
+
+
+def multiply(
+    left: Tensor,
+    right_transposed: Tensor,
+    inverses: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
+    *,
+    emulate: bool,
+    fast: bool = False,
+) -> Tensor:
+    """Return ``left @ right`` of two FP8 tensors whose rows are what is summed over.
+
+    ``emulate`` sums exactly, on any machine; autocast leaves fp64 alone. ``fast`` keeps fewer bits
+    of the sums, as torchao does in the forward pass.
+    """
+    if emulate:
+        product = left.double() @ right_transposed.double().t()
+        return (product * (inverses[0] * inverses[1]).double()).to(dtype)
+    return torch._scaled_mm(
+        left,
+        right_transposed.t(),
+        scale_a=inverses[0],
+        scale_b=inverses[1],
+        out_dtype=dtype,
+        use_fast_accum=fast,
+    )
+
+
+def transposed(values: Tensor) -> Tensor:
+    """Return the transpose, its rows contiguous and padded with zeros to whole blocks."""
+    turned = values.t()
+    if missing := -turned.shape[1] % DIVISOR:
+        # As bytes, since not every operation knows FP8; a byte of zeros is the number 0.
+        return functional.pad(turned.view(torch.uint8), (0, missing)).view(values.dtype)
+    return turned.contiguous()
+
+
+class Scaling(nn.Module):
+    """How one tensor, or several that are the same, is brought into FP8: scale and its inverse.
+
+    ``amax`` is the largest magnitude seen in this step; seeing the same values again, as when
+    activations are recomputed, does not change it. Each is a tensor of its own, not a part of a
+    larger one, so that compiled layers can change it in place.
+    """
+
+    scale: Tensor
+    inverse: Tensor
+    amax: Tensor
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        """Start with scale 1."""
+        super().__init__()
+        self.dtype = dtype
+        for name, value in (("scale", 1.0), ("inverse", 1.0), ("amax", 0.0)):
+            start = torch.tensor(value, dtype=torch.float32, device=device)
+            self.register_buffer(name, start, persistent=False)
+
+
+class _Product(torch.autograd.Function):
+    """``input @ weight.T`` and its gradients, of FP8 tensors; the input is kept in FP8."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input_ni: Tensor,
+        weight_oi: Tensor,
+        weight8_oi: Tensor,
+        weight_inverse: Tensor,
+        input_scale: Tensor,
+        input_inverse: Tensor,
+        gradient_scale: Tensor,
+        gradient_inverse: Tensor,
+        gradient_amax: Tensor,
+        dtype: torch.dtype,
+        emulate: bool,
+    ) -> Tensor:
+        input8_ni = cast(input_ni, input_scale, E4M3)
+        ctx.save_for_backward(
+            input8_ni,
+            weight8_oi,
+            input_inverse,
+            weight_inverse,
+            gradient_scale,
+            gradient_inverse,
+            gradient_amax,
+        )
+        ctx.dtypes = input_ni.dtype, weight_oi.dtype
+        ctx.emulate = emulate
+        inverses = input_inverse, weight_inverse
+        return multiply(input8_ni, weight8_oi, inverses, dtype, emulate=emulate, fast=True)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_no: Tensor) -> Any:
+        (
+            input8_ni,
+            weight8_oi,
+            input_inverse,
+            weight_inverse,
+            gradient_scale,
+            gradient_inverse,
+            gradient_amax,
+        ) = ctx.saved_tensors
+        input_dtype, weight_dtype = ctx.dtypes
+        gradient_amax.copy_(torch.maximum(gradient_amax, largest(gradient_no)))
+        gradient8_no = cast(gradient_no, gradient_scale, E5M2).contiguous()
+        gradients: list[Tensor | None] = [None] * 11
+        if ctx.needs_input_grad[0]:
+            gradients[0] = multiply(
+                gradient8_no,
+                transposed(weight8_oi),
+                (gradient_inverse, weight_inverse),
+                input_dtype,
+                emulate=ctx.emulate,
+            )
+        if ctx.needs_input_grad[1]:
+            gradients[1] = multiply(
+                transposed(gradient8_no),
+                transposed(input8_ni),
+                (gradient_inverse, input_inverse),
+                weight_dtype,
+                emulate=ctx.emulate,
+            )
+        return tuple(gradients)
+
+
+class Float8Linear(nn.Linear):
+    """A linear layer with FP8 products; its weight stays what it was, for optimizer and export."""
+
+    weight8: Tensor
+    weight_inverse: Tensor
+
+    def __init__(self, linear: nn.Linear, input_scaling: Scaling, *, emulate: bool):
+        """Take over the weight of ``linear``; layers of one input share its ``input_scaling``."""
+        super().__init__(
+            linear.in_features, linear.out_features, linear.bias is not None, device="meta"
+        )
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.emulate = emulate
+        device = linear.weight.device
+        self.input_scaling = input_scaling
+        self.gradient_scaling = Scaling(E5M2, device)
+        self.register_buffer(
+            "weight8", torch.zeros_like(linear.weight, dtype=E4M3), persistent=False
+        )
+        one = torch.ones((), dtype=torch.float32, device=device)
+        self.register_buffer("weight_inverse", one, persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Multiply; with gradients by delayed scaling, without by the input's own scale."""
+        input_ni = input.reshape(-1, self.in_features)
+        if torch.is_grad_enabled():
+            scale, inverse = self.input_scaling.scale, self.input_scaling.inverse
+        else:
+            scale = scale_for(largest(input_ni), E4M3)
+            inverse = 1 / scale
+        kind = input.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        output_no: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+            input_ni,
+            self.weight,
+            self.weight8,
+            self.weight_inverse,
+            scale,
+            inverse,
+            self.gradient_scaling.scale,
+            self.gradient_scaling.inverse,
+            self.gradient_scaling.amax,
+            torch.get_autocast_dtype(kind) if autocast else input.dtype,
+            self.emulate,
+        )
+        if torch.is_grad_enabled():
+            # After the cast: torch.compile computes a cast again in the backward pass instead of
+            # keeping it, but not where a reduction of the same values comes first.
+            noted = self.input_scaling.amax
+            noted.copy_(torch.maximum(noted, largest(input_ni)))
+        if self.bias is not None:
+            output_no = output_no + self.bias.to(output_no.dtype)
+        return output_no.view(*input.shape[:-1], self.out_features)
