@@ -11,7 +11,9 @@ Python code: tags, ``class`` and ``include`` are refused, and templates run in j
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
+import importlib.util
 import io
 import math
 import random
@@ -57,6 +59,11 @@ class HarnessTask(Item):
     """A task of the harness: by its name there (``id``), or as the YAML file ``file`` says."""
 
     file: Path | None
+
+
+def is_installed() -> bool:
+    """True if lm-evaluation-harness can be imported."""
+    return importlib.util.find_spec("lm_eval") is not None
 
 
 def require_installed(task: TaskConfig) -> str:
@@ -258,26 +265,33 @@ def _language_model(subject: Subject) -> Any:
             return super().generate_until(requests, disable_tqdm=True)
 
     rows = max(1, min(64, subject.batch_tokens // subject.context))
-    return LanguageModel(
+    made: Any = LanguageModel(
         pretrained=subject.model,
         tokenizer=subject.tokenizer,
         backend="causal",
         batch_size=rows,
         max_length=subject.context,
     )
+    # It encodes the question anew for each of its choices, which stand one after the other.
+    made.tok_encode = functools.lru_cache(maxsize=64)(made.tok_encode)
+    return made
 
 
 @contextlib.contextmanager
 def _sandboxed_templates() -> Iterator[None]:
-    """Let a task's templates run in jinja's sandbox: the harness itself uses none."""
+    """Let a task's templates run in jinja's sandbox: the harness itself uses none.
+
+    Each is compiled once; the harness does it for every item.
+    """
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from lm_eval import utils
 
     own = utils.env
-    sandboxed = ImmutableSandboxedEnvironment(
+    sandboxed: Any = ImmutableSandboxedEnvironment(
         loader=own.loader, undefined=own.undefined, keep_trailing_newline=True
     )
     sandboxed.filters.update(own.filters)
+    sandboxed.from_string = functools.lru_cache(maxsize=64)(sandboxed.from_string)
     utils.env = sandboxed
     try:
         yield

@@ -27,9 +27,18 @@ from sevenfold.data.random_rows import RandomRows
 from sevenfold.train import checkpoint, loop, optimizer, parallel, planner, resuming
 from sevenfold.train.config import ContextPhase, TrainConfig
 from sevenfold.train.watching import OTHER, WAIT, Stopwatch, totals
-from sevenfold.workflow import bench_data, bench_dedup, planning, steps, training, trial, workbench
+from sevenfold.workflow import (
+    bench_data,
+    bench_dedup,
+    bench_mmlu,
+    planning,
+    steps,
+    training,
+    trial,
+    workbench,
+)
 from sevenfold.workflow import recipe as recipes
-from sevenfold.workflow.flags import DATA_BENCHMARKS
+from sevenfold.workflow.flags import DATA_BENCHMARKS, TEXT_BENCHMARKS
 from sevenfold.workflow.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -41,7 +50,6 @@ LEAST_STEPS = {"checkpoint": trial.WARM_UP + 2}
 FOLDER = ".bench-checkpoints"
 # Where a checkpoint is saved before the one that is measured: the second reuses pinned memory.
 NUM_SAVES = 2
-DEDUP_SEED = 7
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,12 +74,10 @@ def bench(options: argparse.Namespace) -> None:
         SevenfoldError: as in `trial.measure`.
     """
     _require_sense(options)
-    if options.what in DATA_BENCHMARKS:
-        bench_data.bench(options)
-        return
-    if options.what == "dedup":
-        for found in bench_dedup.dedup(options.source, DEDUP_SEED):
-            console.print_raw(json.dumps(found) + "\n")
+    others = {"dedup": bench_dedup.bench, "mmlu": bench_mmlu.bench}
+    others |= dict.fromkeys(DATA_BENCHMARKS, bench_data.bench)
+    if options.what in others:
+        others[options.what](options)
         return
     if steps.on_all_gpus(_arguments(options)):
         return
@@ -117,14 +123,16 @@ def _require_sense(options: argparse.Namespace) -> None:
     """Refuse flags that would have no effect."""
     if options.what == "resume" and options.steps is not None:
         raise UsageError("--steps means nothing to bench resume, which does one step; leave it out")
-    if options.what == "dedup" and options.steps is not None:
-        raise UsageError("--steps means nothing to bench dedup, which reads texts; leave it out")
-    if options.what not in ("dedup", *DATA_BENCHMARKS) and options.source:
+    if options.what in TEXT_BENCHMARKS and options.steps is not None:
+        raise UsageError(
+            f"--steps means nothing to bench {options.what}, which reads texts; leave it out"
+        )
+    if options.what not in (*TEXT_BENCHMARKS, *DATA_BENCHMARKS) and options.source:
         raise UsageError(f"--source means nothing to bench {options.what}; leave it out")
     for flag in ("workers", "gigabytes"):
         if options.what not in DATA_BENCHMARKS and getattr(options, flag) is not None:
             raise UsageError(f"--{flag} means nothing to bench {options.what}; leave it out")
-    most = {"dedup": 0, "optimizer": 0, "checkpoint": 1, "resume": 1}.get(
+    most = {"dedup": 0, "mmlu": 0, "optimizer": 0, "checkpoint": 1, "resume": 1}.get(
         options.what, len(options.length)
     )
     if len(options.length) > most:

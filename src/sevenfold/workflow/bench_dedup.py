@@ -6,7 +6,9 @@ datatrove's and datasketch's then look for them, one after the other, in one pro
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import json
 import random
 import re
 import tempfile
@@ -17,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from sevenfold.base import records, storage
+from sevenfold.base import console, records, storage
 from sevenfold.base.errors import UsageError
 from sevenfold.data import cleaning, duplicates, sources
 from sevenfold.data.clean import CleanConfig, DocumentWriter, cut
 from sevenfold.workflow.workers import require_package
 
+SEED = 7
 # What is planted: the share of words that were changed, and how often among what is planted.
 EDITS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
 PLANTED_SHARE = 0.1
@@ -41,6 +44,16 @@ class Planted:
     def megabytes(self) -> float:
         """The size of all texts in 10^6 bytes of UTF-8."""
         return sum(len(text.encode()) for text in self.texts) / 1e6
+
+
+def bench(options: argparse.Namespace) -> None:
+    """Measure, and print one JSON line a case.
+
+    Errors:
+        UsageError: as in :func:`dedup`.
+    """
+    for found in dedup(options.source, SEED):
+        console.print_raw(json.dumps(found) + "\n")
 
 
 def plant(texts: Sequence[str], seed: int) -> Planted:

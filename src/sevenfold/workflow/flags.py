@@ -237,7 +237,9 @@ def _selftest(parser: argparse.ArgumentParser) -> None:
 
 
 DATA_BENCHMARKS = ("tokenize", "pack", "load")
-BENCHMARKS = (*GATED_STAGES, "checkpoint", "resume", "optimizer", "dedup", *DATA_BENCHMARKS)
+TEXT_BENCHMARKS = ("dedup", "mmlu")
+TRAINING_BENCHMARKS = (*GATED_STAGES, "checkpoint", "resume", "optimizer")
+BENCHMARKS = (*TRAINING_BENCHMARKS, *TEXT_BENCHMARKS, *DATA_BENCHMARKS)
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:
@@ -261,7 +263,7 @@ def _bench(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="on the disk that is measured (runs); nothing is left there",
     )
-    group = parser.add_argument_group("|".join(("dedup", *DATA_BENCHMARKS)))
+    group = parser.add_argument_group("|".join((*TEXT_BENCHMARKS, *DATA_BENCHMARKS)))
     _source(group)
     _workers(group)
     group.add_argument(
@@ -339,7 +341,7 @@ _TABLE = (
     ),
     Verb(
         "bench",
-        "how fast this machine trains, saves, goes on and prepares data",
+        "how fast this machine trains, saves, goes on, measures and prepares data",
         "sevenfold.workflow.bench:bench",
         (_bench, _recipe, _debug),
     ),

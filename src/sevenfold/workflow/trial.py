@@ -108,19 +108,14 @@ def prepare(recipe: Recipe, stage: str, config: TrainConfig) -> Trial:
 def _random_scorer(
     recipe: Recipe, stage: str, config: TrainConfig, processes: parallel.Processes
 ) -> Scorer:
-    from transformers import LlamaForCausalLM
-
     kernel = workbench.set_backends(config, recipe.kernels)
     torch.manual_seed(recipe.seed)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(workbench.DTYPES[config.weights])
-    try:
-        with processes.device:
-            model = LlamaForCausalLM._from_config(
-                recipe.model.to_hf(), attn_implementation=attention.IMPLEMENTATION
-            )
-    finally:
-        torch.set_default_dtype(before)
+    model = random_model(
+        recipe,
+        workbench.DTYPES[config.weights],
+        processes.device,
+        attn_implementation=attention.IMPLEMENTATION,
+    )
     scorer = workbench.make_scorer(model.train(), config, kernel)
     if stage == "lora":
         scorer.model = adapters.add_adapter(scorer.model, recipe.lora.adapter)
@@ -128,6 +123,23 @@ def _random_scorer(
         scorer.neftune_noise_alpha = recipe.sft.neftune_noise_alpha
     workbench.place(scorer, config, processes)
     return scorer
+
+
+def random_model(
+    recipe: Recipe, dtype: torch.dtype, device: torch.device, *, attn_implementation: str
+) -> Any:
+    """Build the recipe's model with random weights, on ``device`` from the start."""
+    from transformers import LlamaForCausalLM
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return LlamaForCausalLM._from_config(
+                recipe.model.to_hf(), attn_implementation=attn_implementation
+            )
+    finally:
+        torch.set_default_dtype(before)
 
 
 def random_rows(trial: Trial, length: int, num_steps: int) -> Rows:
