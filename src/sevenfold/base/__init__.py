@@ -1,5 +1,5 @@
 """What every room stands on.
 
-Modules: config, console, disk, errors, faults, hardware, permissions, records, storage,
-workers.
+Modules: config, console, disk, errors, faults, hardware, permissions, records, seals,
+storage, workers.
 """

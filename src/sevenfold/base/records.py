@@ -97,6 +97,20 @@ class Run:
         storage.write_json(self.stage(stage) / "record.json", record)
 
 
+def own_files(stage: Path) -> dict[str, str]:
+    """Return the SHA-256 of what a stage has left, for its record: files, and folders' manifests.
+
+    Checkpoints come and go, and what steps 11 and 12 write is listed when they do.
+    """
+    later = ("record.json", "verdict.json", *EVIDENCE)
+    paths = [*stage.glob("[!.]*"), *stage.glob(f"[!.]*/{storage.MANIFEST}")]
+    return {
+        path.relative_to(stage).as_posix(): storage.sha256_file(path)
+        for path in sorted(paths)
+        if path.is_file() and path.name not in later
+    }
+
+
 def open_run(folder: Path) -> Run:
     """Open an existing run directory.
 
@@ -257,6 +271,10 @@ def _refusal(run: Run, stage: str, found: str) -> str | None:
     judge = f"run scripts/11_evaluate.py {stage}, then scripts/12_check_gates.py {stage}"
     if not path.is_file():
         return f"{path}: {stage} has not been judged; {judge}"
+    evidence = run.record(stage).get("evidence", {})
+    judged = evidence.get("verdict_sha256")
+    if judged is not None and judged != storage.sha256_file(path):
+        return f"{path}: the verdict was changed after the gate wrote it; {judge}"
     verdict = storage.read_json(path)
     if verdict.get("fingerprint") != found:
         return f"{path}: the verdict is about another model than {run.model(stage)}; {judge}"
@@ -270,11 +288,8 @@ def _refusal(run: Run, stage: str, found: str) -> str | None:
         if isinstance(searched, dict) and searched.get("problem"):
             failed.insert(0, str(searched["problem"]))
         return f"{path}: {stage} was not promoted ({', '.join(failed) or 'no check passed'})"
-    evidence = run.record(stage).get("evidence", {})
-    if "verdict_sha256" not in evidence:
+    if judged is None:
         return f"{path}: the verdict is older than {run.stage(stage) / 'record.json'}; {judge}"
-    if evidence["verdict_sha256"] != storage.sha256_file(path):
-        return f"{path}: the verdict was changed after the gate wrote it; {judge}"
     for name, key in EVIDENCE.items():
         measured = run.stage(stage) / name
         known = evidence.get(key)

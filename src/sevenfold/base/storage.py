@@ -27,8 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from sevenfold.base import disk, permissions
+from sevenfold.base import disk, permissions, seals
 from sevenfold.base.errors import BadDataError, RunInUseError, SevenfoldError, UsageError
+from sevenfold.base.seals import read_json as read_json
 
 log = logging.getLogger(__name__)
 
@@ -108,40 +109,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` to ``path`` atomically, as JSON without NaN or infinity."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write ``value`` to ``path`` atomically, as JSON without NaN or infinity, sealed."""
+    write_bytes(path, seals.json_bytes(value))
 
 
-def read_json(path: Path, error: type[SevenfoldError] = BadDataError) -> Any:
-    """Read JSON written by us or by people: no NaN, no key twice.
-
-    Errors:
-        error: the file is missing or not such JSON; the message names it.
-    """
-    try:
-        return json.loads(
-            path.read_text(encoding="utf-8"),
-            parse_constant=_refuse_constant,
-            object_pairs_hook=_refuse_twice,
-        )
-    except FileNotFoundError:
-        raise error(f"{path}: no such file") from None
-    except OSError as problem:
-        raise error(f"{path}: could not be read ({problem.strerror}); look at the disk") from None
-    except (ValueError, RecursionError) as problem:
-        raise error(f"{path}: not valid JSON: {problem}") from None
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key '{next(k for k in keys if keys.count(k) > 1)}' stands twice")
-    return values
+def write_sealed_text(path: Path, text: str) -> None:
+    """Write ``text``, HTML or Markdown, to ``path`` atomically, with a comment that seals it."""
+    write_bytes(path, seals.text_bytes(text))
 
 
 @contextlib.contextmanager
@@ -345,17 +319,21 @@ class JsonLines:
 
     def read(self) -> list[dict[str, Any]]:
         """Return all complete lines."""
-        rows = []
+        return [row for row, _ in self._lines()]
+
+    def _lines(self) -> Iterator[tuple[dict[str, Any], bytes]]:
+        """Yield every complete line as an object without its checksum, and as it stands."""
         for line in self.path.read_bytes().split(b"\n") if self.path.exists() else ():
             with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
-        return rows
+                row = json.loads(line)
+                row.pop("crc", None)
+                yield row, line
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Append one object; numbers that are not finite become null."""
         finite = {k: not isinstance(v, float) or math.isfinite(v) for k, v in row.items()}
         clean = {k: v if finite[k] else None for k, v in row.items()}
-        line = json.dumps(clean, allow_nan=False).encode() + b"\n"
+        line = seals.line_bytes(clean)
         with _changing(self.path, "written", len(line)):
             disk.write(self.path, line, append=True)
 
@@ -363,8 +341,8 @@ class JsonLines:
         """Drop every row of a step after ``last_step``, so that each step stands once."""
         sweep(self.path.parent)
         if self.path.exists():
-            rows = [row for row in self.read() if row.get("step", 0) <= last_step]
-            write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+            kept = (line for row, line in self._lines() if row.get("step", 0) <= last_step)
+            write_bytes(self.path, b"".join(line + b"\n" for line in kept))
 
 
 @contextlib.contextmanager

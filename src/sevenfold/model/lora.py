@@ -5,6 +5,7 @@ PEFT takes seconds to import, so it is imported when an adapter is first touched
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from pathlib import Path
@@ -177,7 +178,8 @@ def save_adapter(
         # card of placeholders; equal adapters should be equal bytes.
         written = storage.read_json(folder / "adapter_config.json", CheckpointError)
         written["target_modules"] = sorted(written["target_modules"])
-        storage.write_json(folder / "adapter_config.json", written)
+        text = json.dumps(written, indent=2, ensure_ascii=False)  # PEFT's own, without a seal
+        storage.write_text(folder / "adapter_config.json", f"{text}\n")
         storage.write_text(folder / "README.md", _card(base, settings))
     return storage.read_manifest(target)
 

@@ -10,7 +10,9 @@ from typing import Any
 from sevenfold.base import storage
 from sevenfold.base.config import fingerprint
 from sevenfold.base.records import STAGES, Run
+from sevenfold.verify import report_text
 
+PACKAGES = ("torch", "transformers")
 DATA_FOLDERS = {
     "raw": "source text",
     "clean": "clean text",
@@ -43,6 +45,50 @@ class Artifact:
     label: str
     fingerprint: str
     parents: tuple[Parent, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Making:
+    """How the model of a stage was made and measured: everything but the files it was made from.
+
+    ``settings`` and ``items`` are fingerprints of the stage's settings and of the items it was
+    measured on; what is not known is empty.
+    """
+
+    stage: str
+    settings: str
+    seed: str
+    code: str
+    device: str
+    packages: str
+    items: str
+
+
+def makings(run: Run) -> list[Making]:
+    """Return how each finished stage was made, in their order."""
+    found = []
+    for stage in STAGES:
+        record = read_record_if_there(run, stage)
+        if not record:
+            continue
+        path = run.stage(stage) / "evaluation.json"
+        data = _mapping(storage.read_json(path), "data") if path.is_file() else {}
+        versions = _mapping(record, "versions")
+        settings = record.get("config_fingerprint") or fingerprint(_mapping(record, "config"))
+        found.append(
+            Making(
+                stage=stage,
+                settings=str(settings),
+                seed=str(record.get("seed", "")),
+                code=str(record.get("code", "")),
+                device=report_text.device(record.get("gpu"), record.get("num_gpus")),
+                packages=", ".join(f"{k} {versions[k]}" for k in PACKAGES if k in versions),
+                items=f"{len(data)} task{'s' * (len(data) > 1)}, {fingerprint(data)[:12]}"
+                if data
+                else "",
+            )
+        )
+    return found
 
 
 def trace(run: Run) -> list[Artifact]:

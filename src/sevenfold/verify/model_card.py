@@ -56,7 +56,7 @@ def write_card(run: Run, stage: str, folder: Path) -> Path:
         BadDataError: a record, verdict, evaluation or manifest cannot be read.
     """
     path = folder / storage.CARD
-    storage.write_text(path, card(run, stage))
+    storage.write_sealed_text(path, card(run, stage))
     return path
 
 

@@ -11,7 +11,7 @@ from sevenfold.base.config import to_plain
 from sevenfold.base.console import print_line
 from sevenfold.base.errors import UsageError
 from sevenfold.base.hardware import detect_gpu_type, training_device
-from sevenfold.base.records import Run, code_version, package_versions
+from sevenfold.base.records import Run, code_version, own_files, package_versions
 from sevenfold.model import llama
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def initialize(run: Run, recipe: Recipe, *, ids_only: bool = False) -> dict[str,
         "seed": recipe.seed,
         "code": code_version(),
         "versions": package_versions(),
+        "files": own_files(run.stage(STAGE)),
     }
     run.write_record(STAGE, record)
     print_line(

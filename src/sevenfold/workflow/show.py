@@ -15,9 +15,11 @@ from typing import Any
 from rich.text import Text
 
 from sevenfold.base import console, records, storage
-from sevenfold.base.errors import BadDataError, SevenfoldError, UsageError
+from sevenfold.base.errors import BadDataError, CheckpointError, SevenfoldError, UsageError
 from sevenfold.base.records import GATED_STAGES, STAGES, Run, open_run
+from sevenfold.verify import integrity, standing
 from sevenfold.verify import lineage as lineages
+from sevenfold.verify.data_card import sources as data_sources
 from sevenfold.verify.model_card import write_card
 
 WATCH_EVERY_S = 2.0
@@ -39,45 +41,62 @@ def report(options: argparse.Namespace) -> None:
 
 
 def lineage(options: argparse.Namespace) -> None:
-    """Print every artifact with what it was made from, and every gate that was gone past."""
+    """Print what each artifact was made from, how, from which sources, and past which gates."""
     run = open_run(options.run)
     rows = []
     for artifact in lineages.trace(run):
         parents = [f"{p.name} ({p.state}, {p.fingerprint[:12]})" for p in artifact.parents]
         rows.append([artifact.name, artifact.fingerprint[:12], ", ".join(parents) or "-"])
     console.print_table(f"lineage of {run.folder}", ["artifact", "fingerprint", "from"], rows)
+    made = [
+        [m.stage, m.settings[:12], m.seed, m.code, m.device, m.packages, m.items, _gate(run, m)]
+        for m in lineages.makings(run)
+    ]
+    columns = ["model", "settings", "seed", "code", "made on", "with", "measured on", "gate"]
+    console.print_table(f"recipe {run.facts['fingerprint'][:12]}", columns, made)
+    sources = [[s.name, s.used_as, s.licence or "unknown", s.location] for s in data_sources(run)]
+    console.print_table("sources", ["source", "used as", "licence", "from"], sources)
     for stage in GATED_STAGES:
         for gate in lineages.read_record_if_there(run, stage).get("forced_promotions", ()):
             said = f"{stage} rests on {gate['stage']}, whose gate was gone past: {gate['reason']}"
             console.print_line(said, style="yellow")
 
 
+def _gate(run: Run, made: lineages.Making) -> str:
+    """Return what the verdict on a stage's model says, if it still counts, and what was forced."""
+    record = lineages.read_record_if_there(run, made.stage)
+    path = run.stage(made.stage) / "verdict.json"
+    verdict = storage.read_json(path) if path.is_file() else {}
+    held = standing.judge(run, made.stage, record=record, verdict=verdict, started=True)
+    return f"{held.word}, forced: {held.forced}" if held.forced else held.word
+
+
 def verify(options: argparse.Namespace) -> None:
-    """Recompute the checksums of every folder of the run that has a manifest.
+    """Check every byte of a run: no file changed, none missing, none too many.
 
     Errors:
-        BadDataError: one or more folders are not what their manifest says; each is named.
+        BadDataError: some are; each is named.
+        CheckpointError: only checkpoints are concerned.
     """
     run = open_run(options.run)
-    manifests = sorted(run.folder.rglob(storage.MANIFEST))
-    folders = [path.parent for path in manifests if not _is_hidden(path, run.folder)]
-    broken, num_files = [], 0
-    for folder in folders:
-        try:
-            num_files += len(storage.verify_folder(folder)["files"])
-        except SevenfoldError as error:
-            broken.append(str(error))
-            console.print_line(str(error), style="red")
-    if broken:
-        raise BadDataError(
-            f"{run.folder}: {len(broken)} of {len(folders)} folders are damaged, first "
-            f"{broken[0]}; run the step that makes it again"
+    found = integrity.examine(run.folder)
+    if found.problems:
+        problems = list(found.problems.values())
+        for problem in problems:
+            console.print_line(str(problem), style="red")
+        told = f"{run.folder}: {len(problems)} not as written, first {problems[0]}"
+        if all(isinstance(problem, CheckpointError) for problem in problems):
+            raise CheckpointError(told)
+        raise BadDataError(told)
+    if found.is_old:
+        console.print_line(
+            f"{run.folder}: made before files that stand alone had a seal, so these could not be "
+            f"checked: {', '.join(str(p.relative_to(run.folder)) for p in found.unsealed)}",
+            style="yellow",
         )
-    console.print_line(f"{run.folder}: {len(folders)} folders, {num_files} files, all as written")
-
-
-def _is_hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
+    console.print_line(
+        f"{run.folder}: {found.num_folders} folders, {found.num_files} files, all as written"
+    )
 
 
 def export(options: argparse.Namespace) -> None:

@@ -298,6 +298,7 @@ def close(job: Job, bench: loop.Workbench, last: Mapping[str, Any], **facts: Any
         "seed": job.recipe.seed,
         "code": records.code_version(),
         "versions": records.package_versions(),
+        "files": records.own_files(job.folder),
         **facts,
     }
     job.run.write_record(job.stage, record)

@@ -487,7 +487,7 @@ def test_a_kill_in_the_middle_leaves_half_a_file_or_line(tmp_path: Path) -> None
     with storage.new_folder(tmp_path / "out", kind="thing") as folder:
         (folder / "a").write_text("old")
     assert killed_at(tmp_path, NUM_OPERATIONS).returncode == -9
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step'
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 2, "cr'
     (tmp_path / "metrics.jsonl").unlink()
     shutil.rmtree(tmp_path / "out")
     with storage.new_folder(tmp_path / "out", kind="thing") as folder:

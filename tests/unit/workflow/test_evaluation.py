@@ -194,7 +194,7 @@ def test_measuring_again_does_nothing(run: Run, monkeypatch: pytest.MonkeyPatch)
     before = (run.stage("sft") / "evaluation.json").read_bytes()
     monkeypatch.setattr(evaluation, "_measure", lambda *_: pytest.fail("measured again"))
     found = evaluate_stage(run, recipe(), "sft")
-    assert found == json.loads(before)
+    assert found == storage.read_json(run.stage("sft") / "evaluation.json")
     assert (run.stage("sft") / "evaluation.json").read_bytes() == before
 
 

@@ -31,16 +31,15 @@ def run(tmp_path: Path) -> Run:
 
 def test_verify_counts_what_it_checked(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.execute(["verify", str(run.folder)]) == 0
-    assert "3 folders, 4 files, all as written" in capsys.readouterr().out
+    assert "3 folders, 10 files, all as written" in capsys.readouterr().out
 
 
 def test_verify_names_what_is_damaged(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     (run.model("sft") / "model.safetensors").write_bytes(b"weirdos")
     assert cli.execute(["verify", str(run.folder)]) == 4
     printed = capsys.readouterr().err
-    assert "1 of 3 folders are damaged" in printed
+    assert "1 not as written, first " in printed
     assert "model.safetensors: its SHA-256 is not the manifest's" in printed
-    assert "run the step that makes it again" in printed
 
 
 def test_lineage_follows_fingerprints(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,6 +48,43 @@ def test_lineage_follows_fingerprints(run: Run, capsys: pytest.CaptureFixture[st
     raw = storage.read_manifest(run.data("raw"))["fingerprint"][:12]
     assert f"data/raw (here, {raw})" in printed
     assert "outside" in printed
+
+
+def test_lineage_says_how_by_what_and_from_whose_texts_a_model_was_made(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    with storage.new_folder(
+        run.data("sft"), kind="sft", sources=[{"name": "dolly", "licence": "CC-BY-SA-3.0"}]
+    ) as folder:
+        (folder / "rows").write_text("")
+    record = {
+        "stage": "sft",
+        "config_fingerprint": "c" * 64,
+        "seed": 4711,
+        "code": "0.1.0+abc",
+        "gpu": "NVIDIA H100",
+        "num_gpus": 8,
+        "versions": {"torch": "2.13.0", "numpy": "2.4.6"},
+    }
+    run.write_record("sft", record)
+    storage.write_json(run.stage("sft") / "evaluation.json", {"data": {"hats": "1" * 64}})
+    assert cli.execute(["lineage", str(run.folder)]) == 0
+    printed = capsys.readouterr().out
+    assert f"recipe {run.facts['fingerprint'][:12]}" in printed
+    [line] = [line for line in printed.splitlines() if "4711" in line]
+    for part in (
+        "cccccccccccc ",
+        "0.1.0+abc",
+        "8 \N{MULTIPLICATION SIGN} NVIDIA H100",
+        "torch 2.13.0",
+        "1 task, ",
+    ):
+        assert part in line
+    assert line.split("│")[-2].strip() == "not judged"
+    [source] = [line for line in printed.splitlines() if "dolly" in line]
+    assert "SFT rows" in source
+    assert "CC-BY-SA-3.0" in source
 
 
 @pytest.mark.fault("K13")
