@@ -73,7 +73,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Any:
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_word_pattern(config.max_digits)), behavior="isolated"),
+            pre_tokenizers.Split(Regex(word_pattern(config.max_digits)), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -98,7 +98,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Any:
     )
 
 
-def _word_pattern(max_digits: int) -> str:
+def word_pattern(max_digits: int) -> str:
     """Return the pattern that cuts text into words, as GPT-4's does, with our group of digits."""
     return (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,"

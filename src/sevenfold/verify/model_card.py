@@ -48,19 +48,21 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _MARKED = re.compile(r"([\\`*_\[\]<>|#!])")
 
 
-def write_card(run: Run, stage: str, folder: Path) -> Path:
+def write_card(run: Run, stage: str, folder: Path, *, gguf_file: str | None = None) -> Path:
     """Write the card of the model of ``stage`` into ``folder``, which holds it or a copy of it.
+
+    ``gguf_file``: the name of the one file that the copy is.
 
     Errors:
         UsageError: the stage has not finished.
         BadDataError: a record, verdict, evaluation or manifest cannot be read.
     """
     path = folder / storage.CARD
-    storage.write_sealed_text(path, card(run, stage))
+    storage.write_sealed_text(path, card(run, stage, gguf_file=gguf_file))
     return path
 
 
-def card(run: Run, stage: str) -> str:
+def card(run: Run, stage: str, *, gguf_file: str | None = None) -> str:
     """Return the card of the model of ``stage``, in Markdown."""
     record = run.record(stage)
     evaluation, verdict = (_read(run.stage(stage) / f"{n}.json") for n in ("evaluation", "verdict"))
@@ -74,7 +76,7 @@ def card(run: Run, stage: str) -> str:
         f"# {_plain(name)}",
         _standing(stage, held, record),
         _what_it_is(run, stage, record),
-        _loading(stage),
+        _loading(stage, gguf_file),
         _made(run, record, artifacts),
         _data(sources),
         _measured(evaluation if evaluation.get("fingerprint") == _bytes(run, stage) else {}),
@@ -143,7 +145,9 @@ def _what_it_is(run: Run, stage: str, record: Mapping[str, Any]) -> str:
     return f"A language model, {TITLES[stage]}.{start}\n\n" + _table(("", ""), facts)
 
 
-def _loading(stage: str) -> str:
+def _loading(stage: str, gguf_file: str | None) -> str:
+    place = f"folder, gguf_file={json.dumps(gguf_file)}" if gguf_file else "folder"
+    with_llama = f"llama.cpp: `llama-cli -m {gguf_file}`. Transformers:\n\n" if gguf_file else ""
     if stage in STAGES[2:]:
         ask = (
             'messages = [{"role": "user", "content": "Who are you?"}]\n'
@@ -153,11 +157,11 @@ def _loading(stage: str) -> str:
     else:
         ask = 'inputs = tokenizer("The", return_tensors="pt")'
     return (
-        "## How to load it\n\n```python\n"
+        f"## How to load it\n\n{with_llama}```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'folder = "."  # where this file lies\n'
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
-        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({place})\n"
+        f"model = AutoModelForCausalLM.from_pretrained({place})\n"
         f"{ask}\n"
         "output = model.generate(**inputs, max_new_tokens=100)\n"
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))\n```'

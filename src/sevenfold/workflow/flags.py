@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from sevenfold import __version__
 from sevenfold.base.errors import UsageError, nearest
-from sevenfold.base.records import GATED_STAGES, STAGES
+from sevenfold.base.records import GATED_STAGES
+from sevenfold.workflow import run_flags
+from sevenfold.workflow.flag_values import above_zero, one_of, size
 
 EXIT_CODES = """\
 exit codes:
@@ -41,7 +42,7 @@ def _common(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dry-run", action="store_true", help="check everything, plan memory, write nothing"
     )
-    _debug(group)
+    run_flags.debug(group)
 
 
 def _recipe(parser: argparse._ActionsContainer) -> None:
@@ -54,15 +55,6 @@ def _recipe(parser: argparse._ActionsContainer) -> None:
         metavar="A.B=C",
         help="change one value of the recipe; repeatable",
     )
-
-
-def _debug(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--debug", action="store_true", help="tracebacks, and the whole log")
-
-
-def _existing_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder, such as runs/demo")
-    _debug(parser)
 
 
 def _source(parser: argparse._ActionsContainer) -> None:
@@ -79,7 +71,7 @@ def _source(parser: argparse._ActionsContainer) -> None:
 def _workers(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--workers",
-        type=_above_zero,
+        type=above_zero,
         metavar="N",
         help="processes at most (default: one a core); what is made does not depend on it",
     )
@@ -88,7 +80,7 @@ def _workers(parser: argparse._ActionsContainer) -> None:
 def _cluster(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("where the work is done; the result is the same")
     group.add_argument(
-        "--workers", type=_above_zero, default=1, metavar="N", help="tasks at a time (1)"
+        "--workers", type=above_zero, default=1, metavar="N", help="tasks at a time (1)"
     )
     group.add_argument(
         "--executor",
@@ -144,20 +136,7 @@ def _packed(parser: argparse.ArgumentParser) -> None:
 
 def _judged_stage(parser: argparse.ArgumentParser) -> None:
     choices = "|".join(GATED_STAGES)
-    parser.add_argument("stage", metavar="STAGE", type=_one_of(GATED_STAGES), help=choices)
-
-
-def _any_stage(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("stage", metavar="STAGE", type=_one_of(STAGES), help="|".join(STAGES))
-
-
-def _one_of(names: tuple[str, ...]) -> Callable[[str], str]:
-    def read(text: str) -> str:
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"'{text}' does not exist{nearest(text, names)}")
-        return text
-
-    return read
+    parser.add_argument("stage", metavar="STAGE", type=one_of(GATED_STAGES), help=choices)
 
 
 def _gates(parser: argparse.ArgumentParser) -> None:
@@ -171,7 +150,7 @@ def _span(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--until", dest="last", metavar="STAGE", help="end after this step")
     parser.add_argument(
         "--workers",
-        type=_above_zero,
+        type=above_zero,
         metavar="N",
         help="processes for 02 (default: one) and 03 (default: one a core)",
     )
@@ -179,55 +158,8 @@ def _span(parser: argparse.ArgumentParser) -> None:
     _force(parser)
 
 
-def _chat(parser: argparse.ArgumentParser) -> None:
-    names = STAGES[1:]
-    parser.add_argument("--stage", type=_one_of(names), help=f"{'|'.join(names)} (default: latest)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
-    parser.add_argument("--max-tokens", type=int, default=256, help="longest answer (256)")
-
-
-def _serve(parser: argparse.ArgumentParser) -> None:
-    names = STAGES[1:]
-    parser.add_argument("--stage", type=_one_of(names), help=f"{'|'.join(names)} (default: latest)")
-    parser.add_argument("--port", type=int, default=8000, help="of 127.0.0.1 (8000); 0: any free")
-
-
-def _watch(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--once", action="store_true", help="show where it stands and end")
-
-
-def _checkpoints(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--verify", action="store_true", help="recompute every checksum")
-    parser.add_argument(
-        "--prune",
-        type=_above_zero,
-        metavar="N",
-        help="keep each stage's newest N good ones, delete the others and the damaged",
-    )
-
-
-def _above_zero(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
-    return int(text)
-
-
-def _size(text: str) -> float:
-    try:
-        size = float(text)
-    except ValueError:
-        size = 0.0
-    if not 0 < size < math.inf:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
-    return size
-
-
-def _target(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", type=Path, metavar="DIR", help="new folder to make")
-
-
 def _selftest(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", metavar="WHAT", type=_one_of(("faults",)), help="faults")
+    parser.add_argument("what", metavar="WHAT", type=one_of(("faults",)), help="faults")
     parser.add_argument(
         "--soak", action="store_true", help="kill the real commands too, ten times a stage"
     )
@@ -244,13 +176,13 @@ BENCHMARKS = (*TRAINING_BENCHMARKS, *TEXT_BENCHMARKS, *DATA_BENCHMARKS)
 
 def _bench(parser: argparse.ArgumentParser) -> None:
     choices = "|".join(BENCHMARKS)
-    parser.add_argument("what", metavar="WHAT", type=_one_of(BENCHMARKS), help=choices)
+    parser.add_argument("what", metavar="WHAT", type=one_of(BENCHMARKS), help=choices)
     parser.add_argument(
-        "--steps", type=_above_zero, metavar="N", help="steps to measure; checkpoint: per save"
+        "--steps", type=above_zero, metavar="N", help="steps to measure; checkpoint: per save"
     )
     parser.add_argument(
         "--length",
-        type=_above_zero,
+        type=above_zero,
         action="append",
         default=[],
         metavar="L",
@@ -267,7 +199,7 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     _source(group)
     _workers(group)
     group.add_argument(
-        "--gigabytes", type=_size, metavar="N", help="how much random text, without --source (0.05)"
+        "--gigabytes", type=size, metavar="N", help="how much random text, without --source (0.05)"
     )
 
 
@@ -310,42 +242,58 @@ _TABLE = (
         (_span, _gates, _common),
     ),
     Verb("plan", "memory, tokens and time before anything starts", f"{_STEPS}:plan", (_common,)),
-    Verb("chat", "talk to a run's model", "sevenfold.workflow.chat:chat", (_existing_run, _chat)),
+    Verb(
+        "chat",
+        "talk to a run's model",
+        "sevenfold.workflow.chat:chat",
+        (run_flags.existing_run, run_flags.chat),
+    ),
     Verb(
         "serve",
         "a chat page and an OpenAI-compatible endpoint on this machine",
         "sevenfold.workflow.serve:serve",
-        (_existing_run, _serve),
+        (run_flags.existing_run, run_flags.serve),
     ),
-    Verb("watch", "follow a run that is training", f"{_SHOW}:watch", (_existing_run, _watch)),
-    Verb("report", "write report.html", f"{_SHOW}:report", (_existing_run,)),
-    Verb("lineage", "what each artifact was made from", f"{_SHOW}:lineage", (_existing_run,)),
-    Verb("verify", "recompute every checksum of a run", f"{_SHOW}:verify", (_existing_run,)),
+    Verb(
+        "watch",
+        "follow a run that is training",
+        f"{_SHOW}:watch",
+        (run_flags.existing_run, run_flags.watch),
+    ),
+    Verb("report", "write report.html", f"{_SHOW}:report", (run_flags.existing_run,)),
+    Verb(
+        "lineage", "what each artifact was made from", f"{_SHOW}:lineage", (run_flags.existing_run,)
+    ),
+    Verb(
+        "verify", "recompute every checksum of a run", f"{_SHOW}:verify", (run_flags.existing_run,)
+    ),
     Verb(
         "checkpoints",
         "list, check and prune a run's checkpoints",
         "sevenfold.workflow.checkpoints:checkpoints",
-        (_existing_run, _checkpoints),
+        (run_flags.existing_run, run_flags.checkpoints),
     ),
     Verb(
         "export",
-        "copy a stage's model to a folder of its own",
-        f"{_SHOW}:export",
-        (_existing_run, _any_stage, _target),
+        "a stage's model in a folder of its own, also for llama.cpp",
+        "sevenfold.workflow.exporting:export",
+        (run_flags.existing_run, run_flags.any_stage, run_flags.target, run_flags.export),
     ),
     Verb(
         "selftest",
         "break small runs in every way that must do no harm",
         "sevenfold.workflow.selftest:selftest",
-        (_selftest, _debug),
+        (_selftest, run_flags.debug),
     ),
     Verb(
         "bench",
         "how fast this machine trains, saves, goes on, measures and prepares data",
         "sevenfold.workflow.bench:bench",
-        (_bench, _recipe, _debug),
+        (_bench, _recipe, run_flags.debug),
     ),
-    Verb("doctor", "what this machine can do, what is missing", f"{_SHOW}:doctor", (_debug,)),
+    Verb(
+        "doctor", "what this machine can do, what is missing", f"{_SHOW}:doctor", (run_flags.debug,)
+    ),
 )
 VERBS = {verb.name: verb for verb in _TABLE}
 

@@ -20,7 +20,6 @@ from sevenfold.base.records import GATED_STAGES, STAGES, Run, open_run
 from sevenfold.verify import integrity, standing
 from sevenfold.verify import lineage as lineages
 from sevenfold.verify.data_card import sources as data_sources
-from sevenfold.verify.model_card import write_card
 
 WATCH_EVERY_S = 2.0
 EXTRAS = {
@@ -29,6 +28,7 @@ EXTRAS = {
     "cut-cross-entropy": ("kernels", "loss without logits in memory"),
     "datatrove": ("data", "large-scale cleaning"),
     "lm-eval": ("eval", "the usual benchmarks"),
+    "gguf": ("gguf", "models for llama.cpp"),
     "pytest": ("dev", "the tests"),
 }
 
@@ -97,39 +97,6 @@ def verify(options: argparse.Namespace) -> None:
     console.print_line(
         f"{run.folder}: {found.num_folders} folders, {found.num_files} files, all as written"
     )
-
-
-def export(options: argparse.Namespace) -> None:
-    """Copy a stage's model, checked byte for byte, to a new folder, and write its card beside it.
-
-    Errors:
-        UsageError: the stage has not finished, or the target exists.
-    """
-    run = open_run(options.run)
-    run.record(options.stage)
-    source, target = run.model(options.stage), options.target
-    if target.exists():
-        raise UsageError(f"{target}: exists already; name a new folder")
-    manifest = storage.verify_folder(source, exact=True)
-    origin = f"{run.folder.resolve().name}/{options.stage}"
-    with storage.new_folder(target, kind="model", exported_from=origin) as folder:
-        for file in manifest["files"]:
-            destination = folder / file["path"]
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / file["path"], destination)
-    if storage.read_manifest(target)["fingerprint"] != manifest["fingerprint"]:
-        raise BadDataError(f"{target}: the copy differs from {source}; the disk may be failing")
-    write_card(run, options.stage, target)
-    word = "promoted" if _is_promoted(run, options.stage) else "NOT promoted by its gate"
-    console.print_line(f"{target}: model of stage {options.stage}, {word}")
-
-
-def _is_promoted(run: Run, stage: str) -> bool:
-    try:
-        records.open_promoted(run, stage)
-    except SevenfoldError:
-        return False
-    return True
 
 
 def watch(options: argparse.Namespace) -> None:

@@ -111,34 +111,6 @@ def test_watch_of_a_run_that_has_not_begun(
     assert "nothing has trained yet" in capsys.readouterr().out
 
 
-def test_export_copies_checked_bytes_and_says_what_the_gate_said(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    target = tmp_path / "elsewhere" / "model"
-    assert cli.execute(["export", str(run.folder), "sft", str(target)]) == 0
-    assert "NOT promoted by its gate" in capsys.readouterr().out
-    assert (target / "model.safetensors").read_bytes() == b"weights"
-    original = storage.read_manifest(run.model("sft"))
-    copied = storage.verify_folder(target)
-    assert copied["fingerprint"] == original["fingerprint"]
-    card = (target / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers\n")
-    assert "**Not promoted by its gate**: not judged (there is no verdict)" in card
-    assert str(run.folder.parent) not in card
-    # No path of this machine goes with it.
-    assert copied["exported_from"] == "run/sft"
-    assert cli.execute(["export", str(run.folder), "sft", str(target)]) == 2
-    assert "exists already; name a new folder" in capsys.readouterr().err
-    assert cli.execute(["export", str(run.folder), "dpo", str(tmp_path / "x")]) == 2
-    assert "run scripts/09_dpo.py first" in capsys.readouterr().err
-
-
-def test_a_damaged_model_is_not_exported(run: Run, tmp_path: Path) -> None:
-    (run.model("sft") / "config.json").write_text("[]")
-    assert cli.execute(["export", str(run.folder), "sft", str(tmp_path / "x")]) == 4
-    assert not (tmp_path / "x").exists()
-
-
 def test_doctor_says_what_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
