@@ -133,8 +133,8 @@ class LoRAConfig:
 class Recipe:
     """Everything that decides what comes out of a run.
 
-    ``tracking`` is ``wandb`` or ``none``; ``gpu_hour_price`` is what an hour of one GPU costs, in
-    any currency, for the cost in the records.
+    ``tracking`` is ``wandb``, ``tensorboard`` or ``none``; ``gpu_hour_price`` is what an hour of one
+    GPU costs, in any currency, for the cost in the records.
     """
 
     seed: int
@@ -151,7 +151,7 @@ class Recipe:
     dpo: DPOConfig
     lora: LoRAConfig
     evaluate: EvaluateConfig
-    tracking: Literal["wandb", "none"]
+    tracking: Literal["wandb", "tensorboard", "none"]
     gpu_hour_price: Annotated[float, Field(gt=0)] | None = None
 
     def __post_init__(self) -> None:

@@ -29,6 +29,7 @@ EXTRAS = {
     "datatrove": ("data", "large-scale cleaning"),
     "lm-eval": ("eval", "the usual benchmarks"),
     "gguf": ("gguf", "models for llama.cpp"),
+    "tensorboard": ("tensorboard", "curves of a run with tracking: tensorboard"),
     "pytest": ("dev", "the tests"),
 }
 

@@ -1,8 +1,9 @@
-"""Metrics to wandb as well, offline unless WANDB_MODE says otherwise.
+"""Metrics to wandb or TensorBoard as well: the very rows that go to ``metrics.jsonl``.
 
-Training neither fails nor waits for it: what cannot be tracked is dropped, with one warning. What
-wandb would find out by itself (command line, host, repository) is not written down: it may hold
-secrets, and a run's record says it already.
+wandb is offline unless WANDB_MODE says otherwise; TensorBoard's files lie in the run's folder
+``tensorboard``. Training neither fails nor waits for either: what cannot be tracked is dropped, with
+one warning. What wandb would find out by itself (command line, host, repository) is not written
+down: it may hold secrets, and a run's record says it already.
 """
 
 from __future__ import annotations
@@ -14,64 +15,112 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from sevenfold.base.errors import UsageError
 from sevenfold.workflow.training import Job
 
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 60.0
+TENSORBOARD = "tensorboard"
+INSTALL = "pip install 'sevenfold[tensorboard]'"
 
 
 class Tracker:
-    """Takes rows of metrics as long as wandb does."""
+    """Takes rows of metrics as long as what they go to does."""
 
-    def __init__(self, run: Any):
-        """Log to ``run``, or nowhere if it is None."""
+    def __init__(self, run: Any, *, name: str = "wandb"):
+        """Log to ``run``, which is one of ``name``, or nowhere if it is None."""
         self._run = run
+        self._name = name
+        self._refusals = () if run is None else _refusals(name)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Log one row."""
         if self._run is None:
             return
-        from wandb.errors import Error
-
         try:
             self._run.log(dict(row), step=row["step"])
-        except (Error, OSError) as error:
+        except self._refusals as error:
             self._run = None
-            _warn(error)
+            _warn(self._name, error)
 
     def end(self) -> None:
-        """Let wandb finish, for a minute at most."""
+        """Let it finish, for a minute at most."""
         if self._run is None:
             return
-        ending = threading.Thread(target=_finish, args=(self._run,), daemon=True)
+        ending = threading.Thread(target=self._finish, args=(self._run,), daemon=True)
         ending.start()
         ending.join(END_TIMEOUT_S)
         if ending.is_alive():
-            _warn(f"it has not finished within {END_TIMEOUT_S:.0f} s")
+            _warn(self._name, f"it has not finished within {END_TIMEOUT_S:.0f} s")
+
+    def _finish(self, run: Any) -> None:
+        try:
+            run.finish()
+        except self._refusals as error:
+            _warn(self._name, error)
 
 
-def _finish(run: Any) -> None:
+class TensorBoard:
+    """One stage's curves for TensorBoard; what a resumed stage does again, it shows once."""
+
+    def __init__(self, folder: str):
+        """Write into ``folder`` from the first row on.
+
+        Errors:
+            UsageError: the package is missing.
+        """
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UsageError(
+                f"tracking: {TENSORBOARD} needs the package {TENSORBOARD}; {INSTALL}, or set "
+                "tracking=none"
+            ) from None
+        self._open = SummaryWriter
+        self._folder = folder
+        self._writer: Any = None
+
+    def log(self, row: Mapping[str, Any], *, step: int) -> None:
+        """Write every number of ``row`` as a point of the curve of its name."""
+        if self._writer is None:
+            # Points from this step on were written by an attempt that was stopped after its save.
+            self._writer = self._open(self._folder, purge_step=step)
+        for name, value in row.items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
+                self._writer.add_scalar(name, value, step)
+
+    def finish(self) -> None:
+        """Write what is still in memory."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _refusals(name: str) -> tuple[type[Exception], ...]:
+    if name == TENSORBOARD:
+        return (OSError,)
     from wandb.errors import Error
 
-    try:
-        run.finish()
-    except (Error, OSError) as error:
-        _warn(error)
+    return (Error, OSError)
 
 
-def _warn(reason: object) -> None:
+def _warn(name: str, reason: object) -> None:
     log.warning(
-        "wandb: %s; training goes on without it, and metrics.jsonl holds everything",
+        "%s: %s; training goes on without it, and metrics.jsonl holds everything",
+        name,
         " ".join(str(reason).split()),
     )
 
 
 @contextlib.contextmanager
 def tracked(job: Job) -> Iterator[Tracker]:
-    """Open a wandb run where the recipe asks for one."""
-    tracker = Tracker(_start(job))
+    """Open what the recipe asks for.
+
+    Errors:
+        UsageError: its package is missing.
+    """
+    tracker = Tracker(_start(job), name=job.recipe.tracking)
     try:
         yield tracker
     finally:
@@ -79,8 +128,10 @@ def tracked(job: Job) -> Iterator[Tracker]:
 
 
 def _start(job: Job) -> Any:
-    if job.recipe.tracking != "wandb" or not job.processes.is_main:
+    if job.recipe.tracking == "none" or not job.processes.is_main:
         return None
+    if job.recipe.tracking == TENSORBOARD:
+        return TensorBoard(str(job.run.folder / TENSORBOARD / job.stage))
     import wandb
 
     settings = wandb.Settings(
@@ -104,5 +155,5 @@ def _start(job: Job) -> Any:
             settings=settings,
         )
     except (wandb.errors.Error, OSError) as error:
-        _warn(error)
+        _warn("wandb", error)
         return None

@@ -1,4 +1,4 @@
-"""Tracking with wandb: what it keeps, what it must not keep, and that it stops nothing."""
+"""Tracking with wandb and TensorBoard: what it keeps, what it must not keep, and that it stops nothing."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from sevenfold.base.errors import UsageError
 from sevenfold.workflow import tracking
 
 CANARY = "CANARY7d1f"
@@ -110,3 +111,55 @@ def test_a_run_that_tracks_nowhere_needs_no_wandb(
         monkeypatch.setitem(sys.modules, name, None)
     with tracking.tracked(job(tmp_path, "none")) as tracker:
         tracker.log(ROW)
+
+
+def points(folder: Path, name: str) -> list[tuple[int, float]]:
+    """What TensorBoard itself reads back of a curve."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(folder / "tensorboard" / "sft"))
+    read.Reload()
+    return [(event.step, event.value) for event in read.Scalars(name)]
+
+
+def test_tensorboard_reads_back_what_metrics_hold(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    with tracking.tracked(job(tmp_path, "tensorboard")) as tracker:
+        for step in (1, 2, 3):
+            loss = None if step == 2 else 4.0 / step
+            row = {"step": step, "loss": loss, "tok_s": 1000, "note": "x", "is_last": step == 3}
+            tracker.log(row)
+    assert points(tmp_path, "loss") == [(1, 4.0), (3, pytest.approx(4 / 3))]
+    assert points(tmp_path, "tok_s") == [(1, 1000), (2, 1000), (3, 1000)]
+    with pytest.raises(KeyError):
+        points(tmp_path, "is_last")
+
+
+def test_steps_that_a_resumed_stage_does_again_are_shown_once(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    for first, loss in ((1, 9.0), (3, 1.0)):
+        with tracking.tracked(job(tmp_path, "tensorboard")) as tracker:
+            for step in range(first, 5):
+                tracker.log({"step": step, "loss": loss})
+    assert points(tmp_path, "loss") == [(1, 9.0), (2, 9.0), (3, 1.0), (4, 1.0)]
+
+
+@pytest.mark.fault("K11")
+def test_tensorboard_on_a_full_disk_costs_one_warning(
+    warnings: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").write_text("a file stands where the folder should be")
+    with tracking.tracked(job(tmp_path, "tensorboard")) as tracker:
+        for step in (1, 2):
+            tracker.log({"step": step, "loss": 1.0})
+    assert warnings.text.count("tensorboard: ") == 1
+    assert "training goes on without it" in warnings.text
+
+
+@pytest.mark.fault("K12")
+def test_without_tensorboard_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    asked = pytest.raises(UsageError, match=r"pip install 'sevenfold\[tensorboard\]', or set track")
+    with asked, tracking.tracked(job(tmp_path, "tensorboard")):
+        pass
