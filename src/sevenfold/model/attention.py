@@ -20,9 +20,15 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from sevenfold.base.errors import UsageError
+
 IMPLEMENTATION = "sevenfold"
 # The branch of tokens that their whole document may see.
 TRUNK = 0
+# What some models add to attention: a cap on its logits, sinks.
+UNSERVED = ("softcap", "s_aux")
+# What transformers calls layers that look back a limited way.
+SLIDING = "sliding_attention"
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -65,7 +71,7 @@ def packed_attention(
     attention_mask: Tensor | BlockMask | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attend under ``attention_mask``, or causally where it is None.
 
@@ -75,7 +81,15 @@ def packed_attention(
 
     Returns:
         [b, t, h, d], and no weights.
+    Errors:
+        UsageError: the model's attention does something that is not done here.
     """
+    for name in UNSERVED:
+        if others.get(name) is not None:
+            raise UsageError(
+                f"{type(module).__name__}: its attention has '{name}', which is not computed "
+                "here; start from a model without it, such as Llama, Mistral or Qwen"
+            )
     grouped = query.shape[1] != key.shape[1]
     if isinstance(attention_mask, BlockMask):
         # Inside a compiled layer FlexAttention is compiled with it; on its own it needs its own.
@@ -111,20 +125,36 @@ def _compiled_block_mask() -> Callable[..., BlockMask]:
     return compiled
 
 
-def may_look(documents_bt: Tensor, branches_bt: Tensor | None = None) -> Rule:
+def may_look(
+    documents_bt: Tensor,
+    branches_bt: Tensor | None = None,
+    positions_bt: Tensor | None = None,
+    window: int | None = None,
+) -> Rule:
     """Return the rule of who may look at whom, a function of row, head, query and key indices.
 
     A token sees earlier tokens of its document, and itself. Where a document branches, as a prompt
-    with two answers does, it sees the trunk and its own branch, never another one.
+    with two answers does, it sees the trunk and its own branch, never another one. With a
+    ``window`` it sees that many tokens, itself among them, counted by their positions.
 
     Shapes:
         documents_bt [b, t]: number of the document each token belongs to; branches_bt [b, t]: its
-        branch within it, ``TRUNK`` for what all branches see; None where no document branches.
+        branch within it, ``TRUNK`` for what all branches see; None where no document branches;
+        positions_bt [b, t]: needed where there is a window.
     """
 
     def in_document(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (documents_bt[row, query] == documents_bt[row, key])
 
+    if window is not None:
+        assert positions_bt is not None
+        unbounded = may_look(documents_bt, branches_bt)
+
+        def in_window(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            distance = positions_bt[row, query] - positions_bt[row, key]
+            return unbounded(row, head, query, key) & (distance < window)
+
+        return in_window
     if branches_bt is None:
         return in_document
 
@@ -137,16 +167,25 @@ def may_look(documents_bt: Tensor, branches_bt: Tensor | None = None) -> Rule:
 
 
 def document_mask(
-    documents_bt: Tensor | None, branches_bt: Tensor | None = None
+    documents_bt: Tensor | None,
+    branches_bt: Tensor | None = None,
+    positions_bt: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor | BlockMask | None:
     """Describe who may look at whom, by the rule of :func:`may_look`.
 
     Returns:
         BlockMask on a GPU, bool [b, 1, t, t] on a CPU; None, plain causal, without documents.
     """
+    if window is not None:
+        assert positions_bt is not None
+        if window >= positions_bt.shape[1]:
+            window = None
+        elif documents_bt is None:
+            documents_bt = torch.zeros_like(positions_bt)
     if documents_bt is None:
         return None
-    rule = may_look(documents_bt, branches_bt)
+    rule = may_look(documents_bt, branches_bt, positions_bt, window)
     num_rows, length = documents_bt.shape
     if documents_bt.device.type == "cuda":
         return _compiled_block_mask()(
@@ -156,3 +195,22 @@ def document_mask(
     head = torch.zeros((), dtype=torch.long)
     seen_btt = rule(rows[:, None, None], head, places[:, None], places)
     return seen_btt[:, None]
+
+
+def layer_masks(
+    config: Any, documents_bt: Tensor | None, branches_bt: Tensor | None, positions_bt: Tensor
+) -> Any:
+    """Return what a transformers decoder takes as ``attention_mask``.
+
+    That is one mask for all layers or, where only some of them have a sliding window, a dictionary
+    with one for each type of layer.
+    """
+    text = config.get_text_config(decoder=True)
+    window = getattr(text, "sliding_window", None)
+    types = set(getattr(text, "layer_types", None) or ())
+    whole = functools.partial(document_mask, documents_bt, branches_bt)
+    if window is None or (types and SLIDING not in types):
+        return whole()
+    if not types:
+        return whole(positions_bt, window)
+    return {kind: whole(positions_bt, window) if kind == SLIDING else whole() for kind in types}

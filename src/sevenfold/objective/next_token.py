@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sevenfold.data.batches import NO_TARGET, Batch
-from sevenfold.model.attention import document_mask
+from sevenfold.model.attention import layer_masks
 from sevenfold.objective.linear_cross_entropy import negative_log_likelihood
 
 
@@ -66,7 +66,9 @@ class Scorer(nn.Module):
         hidden_bth = causal.get_decoder()(
             **inputs,
             position_ids=batch.positions_bt,
-            attention_mask=document_mask(batch.documents_bt, batch.branches_bt),
+            attention_mask=layer_masks(
+                causal.config, batch.documents_bt, batch.branches_bt, batch.positions_bt
+            ),
             use_cache=False,
         ).last_hidden_state
         scores_n = negative_log_likelihood(
