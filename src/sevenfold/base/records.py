@@ -198,7 +198,7 @@ class Source:
 
     ``fingerprint`` identifies its bytes; ``forced`` is the reason given where no gate promoted it,
     ``forced_earlier`` the stages before it that were gone past like that, each with its reason;
-    ``external`` is true for a folder from outside the run.
+    ``external`` is true for a model from outside the run.
     """
 
     folder: Path
@@ -245,6 +245,7 @@ def open_promoted(run: Run, stage: str, *, force: str | None = None) -> Source:
         fingerprint=found,
         stage=stage,
         forced=force if refusal else None,
+        external="outside" in record,
         forced_earlier=tuple(record.get("forced_promotions", ())),
     )
 
@@ -255,7 +256,8 @@ def _require_same_ancestors(run: Run, stage: str) -> None:
         heir, previous = STAGES[index], STAGES[index - 1]
         made_from = run.record(heir)
         manifest = run.model(previous) / storage.MANIFEST
-        if made_from.get("external") or not manifest.is_file():
+        begun_outside = made_from.get("external") and previous == STAGES[0]
+        if begun_outside or not manifest.is_file():
             return
         known = made_from.get("inputs", {}).get("model")
         if known is not None and known != storage.read_manifest(run.model(previous))["fingerprint"]:

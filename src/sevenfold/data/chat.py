@@ -296,6 +296,10 @@ def _encode_part(
 
 
 def render_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """Return the ids of a plain text between BOS and EOS; all but BOS carry loss."""
-    ids = [tokenizer.bos_token_id, *encode_texts(tokenizer, [text])[0], tokenizer.eos_token_id]
-    return ids, [0] + [1] * (len(ids) - 1)
+    """Return the ids of a plain text between BOS and EOS; all but BOS carry loss.
+
+    A tokenizer without one of the two, as Qwen's without BOS, leaves it out.
+    """
+    around = [[] if i is None else [i] for i in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
+    ids = [*around[0], *encode_texts(tokenizer, [text])[0], *around[1]]
+    return ids, [0] * len(around[0]) + [1] * (len(ids) - len(around[0]))

@@ -213,6 +213,27 @@ def from_hf(config: PretrainedConfig) -> ModelConfig:
         ) from error
 
 
+def describe_folder(folder: Path) -> ModelConfig:
+    """Return the sizes of the model in a Hugging Face folder, from its config.json alone.
+
+    Errors:
+        UsageError: it is no such folder, or no decoder that can be described.
+    """
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder}: no config.json; name a Hugging Face model folder")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"{folder / 'config.json'}: not one that transformers knows ({reason}); name the "
+            "folder of a causal language model"
+        ) from error
+    return from_hf(config)
+
+
 def _described(config: PretrainedConfig) -> ModelConfig:
     text: Any = config.get_text_config(decoder=True)
     hidden_size, num_heads = text.hidden_size, text.num_attention_heads

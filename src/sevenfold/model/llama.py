@@ -105,6 +105,19 @@ def named_generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+def require_safetensors(folder: Path) -> None:
+    """Refuse a folder whose weights are no safetensors; pickles can run code, so none is read.
+
+    Errors:
+        UsageError: there are no such weights.
+    """
+    if not list(folder.glob("*.safetensors")):
+        raise UsageError(
+            f"{folder}: no *.safetensors here, and other weight files are not read; convert the "
+            "model with save_pretrained"
+        )
+
+
 def load_model(
     folder: Path,
     dtype: torch.dtype = torch.float32,
@@ -128,11 +141,7 @@ def load_model(
             f"{folder}: no config.json here; name a Hugging Face folder with config.json and "
             "model*.safetensors"
         )
-    if not list(folder.glob("*.safetensors")):
-        raise UsageError(
-            f"{folder}: no *.safetensors here, and other weight files are not read; convert the "
-            "model with save_pretrained"
-        )
+    require_safetensors(folder)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder,

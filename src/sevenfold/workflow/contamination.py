@@ -276,6 +276,9 @@ def judge(run: Run, recipe: Recipe, stage: str, metrics: Collection[str]) -> dic
             data[name], advice[name] = None, _advice(name, {})
             continue
         record = run.record(name)
+        if "outside" in record:
+            unknown.append(name)
+            break
         advice[name] = _advice(name, record)
         data[name] = _searched(run, name, record)
         if record.get("external"):

@@ -19,6 +19,7 @@ from sevenfold.base.console import print_line, print_table, working
 from sevenfold.base.errors import BadDataError, GateRefusedError, SevenfoldError, UsageError
 from sevenfold.base.hardware import training_device
 from sevenfold.base.records import EVIDENCE, Run, code_version, package_versions
+from sevenfold.data.clean import read_shards
 from sevenfold.data.tokenizer import encode_texts, load_tokenizer
 from sevenfold.model.llama import TOKENIZER_FILES, load_model
 from sevenfold.verify import gates, harness, model_card
@@ -31,6 +32,7 @@ from sevenfold.workflow import contamination
 from sevenfold.workflow.contamination import items_sha256, task_file, task_paths
 from sevenfold.workflow.recipe import Recipe
 from sevenfold.workflow.thresholds import require_known_gates
+from sevenfold.workflow.training import other_tokenizer_file
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ EVALUATION, ITEMS = EVIDENCE
 VERDICT = "verdict.json"
 UNIGRAM = "unigram"
 ADAPTER_ROWS = 8
+# More text moves the unigram model's bits per byte no further.
+COUNTED_CHARACTERS = 20_000_000
 ADAPTER_ROW_TOKENS = 128
 
 
@@ -99,7 +103,7 @@ def _identity(
         "adapter_fingerprint": _adapter_fingerprint(run, stage),
         "data": data,
         "config_fingerprint": fingerprint(settings),
-        UNIGRAM: _packed_fingerprint(run),
+        UNIGRAM: _counted_fingerprint(run, run.model(stage)),
     }
 
 
@@ -117,8 +121,9 @@ def _adapter_fingerprint(run: Run, stage: str) -> str | None:
     return str(storage.verify_folder(folder, exact=True)["fingerprint"])
 
 
-def _packed_fingerprint(run: Run) -> str | None:
-    folder = run.data("packed")
+def _counted_fingerprint(run: Run, model: Path) -> str | None:
+    """Identify what the unigram model's tokens are counted in."""
+    folder = run.data("clean" if other_tokenizer_file(run, model) else "packed")
     if not (folder / storage.MANIFEST).is_file():
         return None
     return str(storage.read_manifest(folder)["fingerprint"])
@@ -154,10 +159,10 @@ def _measure(run: Run, config: EvaluateConfig, stage: str) -> Evaluation:
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, dtype, device)
     found = evaluate_model(
-        model, tokenizer, tasks, config, unigram_counts=_unigram_counts(run, len(tokenizer))
+        model, tokenizer, tasks, config, unigram_counts=_unigram_counts(run, folder, tokenizer)
     )
     adapter = run.stage(stage) / "adapter"
-    if stage == "lora" and adapter.is_dir() and not run.record(stage).get("external"):
+    if stage == "lora" and adapter.is_dir():
         del model
         texts = [f"{sample['prompt']} {sample['answer']}" for sample in found.samples]
         rows = [
@@ -174,18 +179,35 @@ def _measure(run: Run, config: EvaluateConfig, stage: str) -> Evaluation:
 
 def _dtype(folder: Path, device: torch.device) -> torch.dtype:
     """Return the type to evaluate in: the stored one on a GPU, fp32 on a CPU."""
-    stored = storage.read_json(folder / "config.json").get("dtype")
+    config = storage.read_json(folder / "config.json")
+    stored = config.get("dtype") or config.get("torch_dtype")
     return torch.bfloat16 if stored == "bfloat16" and device.type == "cuda" else torch.float32
 
 
-def _unigram_counts(run: Run, vocab_size: int) -> NDArray[np.int64] | None:
+def _unigram_counts(run: Run, model: Path, tokenizer: Any) -> NDArray[np.int64] | None:
+    """Count the training text's tokens: the packed ones, or the model's own of the clean text."""
+    if other_tokenizer_file(run, model):
+        return _counted_anew(run, tokenizer)
     files = sorted(run.data("packed").glob("train-*.npy"))
     if not files:
         return None
-    counts = token_counts(files, vocab_size)
+    counts = token_counts(files, len(tokenizer))
     pad_id = storage.read_manifest(run.data("packed")).get("pad_id")
     if pad_id is not None:  # which no text holds
         counts[pad_id] = 0
+    return counts
+
+
+def _counted_anew(run: Run, tokenizer: Any) -> NDArray[np.int64] | None:
+    if not (run.data("clean") / storage.MANIFEST).is_file():
+        return None
+    counts, left = np.zeros(len(tokenizer), dtype=np.int64), COUNTED_CHARACTERS
+    for document in read_shards(run.data("clean"), "train"):
+        ids = encode_texts(tokenizer, [document["text"]])[0]
+        counts += np.bincount(ids, minlength=len(tokenizer))
+        left -= len(document["text"])
+        if left <= 0:
+            break
     return counts
 
 
@@ -201,7 +223,7 @@ def check_stage(run: Run, recipe: Recipe, stage: str, gates_file: Path) -> dict[
     """
     run.record(stage)
     found = require_known_gates(run, recipe, gates_file)
-    checks = found.checks(run.preset, stage)
+    checks = _applicable(run, stage, found.checks(run.preset, stage))
     model = storage.verify_folder(run.model(stage), exact=True)["fingerprint"]
     earlier = {check.not_worse_than for check in checks if check.not_worse_than}
     verdict = gates.judge(
@@ -227,6 +249,24 @@ def check_stage(run: Run, recipe: Recipe, stage: str, gates_file: Path) -> dict[
             named = f"{problem}; {named}".removesuffix("; ")
         raise GateRefusedError(f"{path}: {stage} is not promoted: {named}")
     return verdict
+
+
+def _applicable(run: Run, stage: str, checks: Sequence[gates.Check]) -> Sequence[gates.Check]:
+    """Leave out comparisons with an earlier stage for a model from outside, which has none.
+
+    Errors:
+        GateRefusedError: nothing is left to judge it by.
+    """
+    if "outside" not in run.record(stage):
+        return checks
+    left = [check for check in checks if check.not_worse_than is None]
+    if not left:
+        raise GateRefusedError(
+            f"{run.model(stage)}: from outside, and every check of {run.preset}.{stage} compares "
+            "with an earlier stage, which it does not have; add a check with min or max to the "
+            "gate file"
+        )
+    return left
 
 
 def _write_card(run: Run, stage: str) -> None:

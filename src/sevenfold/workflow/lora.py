@@ -62,7 +62,7 @@ def _export(job: training.Job, trained: dict[str, torch.Tensor]) -> None:
     adapters.save_adapter(
         whole,
         job.folder / "adapter",
-        base="external" if job.source.external else f"{job.source.stage}/model",
+        base=f"{job.source.stage}/model",
         base_fingerprint=job.source.fingerprint,
     )
     merged = adapters.merge_adapter(whole)
@@ -71,10 +71,7 @@ def _export(job: training.Job, trained: dict[str, torch.Tensor]) -> None:
 
 def _require_same_base(job: training.Job) -> None:
     folder = job.source.folder
-    if job.source.external:
-        found = training.outside_fingerprint(folder)
-    else:
-        found = storage.verify_folder(folder, CheckpointError, exact=True)["fingerprint"]
+    found = storage.verify_folder(folder, CheckpointError, exact=True)["fingerprint"]
     if found != job.source.fingerprint:
         raise CheckpointError(
             f"{folder}: changed since the adapter began to be trained on it, so it is not merged; "

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 from sevenfold.base import console, storage
 from sevenfold.base.hardware import GPUInfo, detect_gpu_type
 from sevenfold.base.records import GATED_STAGES, Run
+from sevenfold.model.config import ModelConfig, describe_folder
 from sevenfold.train import planner
 from sevenfold.train.config import TrainConfig
 from sevenfold.workflow.recipe import Recipe
@@ -37,18 +39,28 @@ def train_config(recipe: Recipe, stage: str) -> TrainConfig:
     return config
 
 
-def plan_stage(run: Run, recipe: Recipe, stage: str, rate: planner.Rate | None = None) -> StagePlan:
-    """Plan one stage on this machine, or on one GPU of the usual kind where there is none."""
+def plan_stage(
+    run: Run,
+    recipe: Recipe,
+    stage: str,
+    rate: planner.Rate | None = None,
+    model: ModelConfig | None = None,
+) -> StagePlan:
+    """Plan one stage on this machine, or on one GPU of the usual kind where there is none.
+
+    ``model`` is the one that is trained, where it is not the recipe's.
+    """
+    model = model or recipe.model
     gpu = detect_gpu_type()
     config = train_config(recipe, stage)
     num_steps = _num_steps(run, config, stage)
     on_gpu = gpu["num_gpus"] > 0
-    adapter = recipe.lora.adapter.num_parameters(recipe.model)
-    if rate is None and (on_gpu or recipe.model.num_parameters > 1e8):
+    adapter = recipe.lora.adapter.num_parameters(model)
+    if rate is None and (on_gpu or model.num_parameters > 1e8):
         peak = gpu["peak_bf16_tflops"] * 1e12 or ASSUMED_PEAK_FLOPS
         rate = planner.Rate(assumed_mfu=ASSUMED_MFU, peak_flops=peak)
     plan = planner.plan(
-        recipe.model,
+        model,
         config,
         num_steps=num_steps or 1,
         precision=_precision(config, gpu),
@@ -100,15 +112,16 @@ def plan_all(run: Run, recipe: Recipe) -> None:
         print_plan(plan_stage(run, recipe, stage))
 
 
-def require_room(run: Run, recipe: Recipe, stage: str) -> None:
-    """Refuse a stage that this machine cannot carry out.
+def require_room(run: Run, recipe: Recipe, stage: str, start_from: Path | None = None) -> None:
+    """Refuse a stage that this machine cannot carry out, from its own model or from another.
 
     Errors:
         UsageError: no GPU where one is needed, one that cannot compute in the precision asked for,
             or too little memory; with the numbers.
     """
     decide(train_config(recipe, stage))
-    planner.require_room(plan_stage(run, recipe, stage).plan, detect_gpu_type())
+    model = None if start_from is None else describe_folder(start_from)
+    planner.require_room(plan_stage(run, recipe, stage, model=model).plan, detect_gpu_type())
 
 
 def dry_run(run: Run, recipe: Recipe, stages: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from rich.text import Text
 
 from sevenfold.base import console, records, storage
-from sevenfold.base.errors import BadDataError, CheckpointError, SevenfoldError, UsageError
+from sevenfold.base.errors import BadDataError, CheckpointError
 from sevenfold.base.records import GATED_STAGES, STAGES, Run, open_run
 from sevenfold.verify import integrity, standing
 from sevenfold.verify import lineage as lineages

@@ -163,8 +163,10 @@ def train(options: argparse.Namespace, stage: str) -> None:
 
 def train_stage(job: Job, stage: str, options: argparse.Namespace) -> None:
     """Train ``stage`` of a run whose lock is held."""
-    if options.start_from is None:
-        call("planning", "require_room")(job.run, job.recipe, stage)
+    call("planning", "require_room")(job.run, job.recipe, stage, options.start_from)
+    if options.start_from is not None and os.environ.get("RANK", "0") == "0":
+        take_in = call("outside", "take_in")
+        take_in(job.run, job.recipe, stage, options.start_from, options.force)
     if _train_on_all_gpus(job.run, stage, options):
         return
     try:

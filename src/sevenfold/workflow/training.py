@@ -87,18 +87,21 @@ def decide(config: TrainConfig) -> TrainConfig:
 def open_source(run: records.Run, previous: str, options: StageOptions) -> records.Source:
     """Open the model to start from: the previous stage's, if promoted, or one from outside.
 
+    One from outside stands in the place of the previous stage by now (`outside.take_in`), but for
+    pretraining, before which there is no gate.
+
     Errors:
         GateRefusedError: the previous stage has no passing verdict for these bytes.
         UsageError: there is no such model, or ``--force`` would have no effect.
     """
-    if options.start_from is None:
+    if options.start_from is None or previous != "init":
+        parallel.join().wait()  # for the first process to take a model in
         return records.open_promoted(run, previous, force=options.force)
-    stage = records.STAGES[records.STAGES.index(previous) + 1]
-    can_resume = options.resume and (run.stage(stage) / "checkpoints").is_dir()
+    can_resume = options.resume and (run.stage("pretrain") / "checkpoints").is_dir()
     if options.force is not None and not can_resume:
         raise UsageError(
-            "--force has no effect with --start-from: no gate stands before a model from outside, "
-            f"and there is no checkpoint of {stage} to go on from; leave it out"
+            "--force has no effect with --start-from: no gate stands before pretraining, and "
+            "there is no checkpoint of it to go on from; leave it out"
         )
     folder = options.start_from.resolve()
     if not (folder / "config.json").is_file():
@@ -157,7 +160,7 @@ def _has_foreign_tokenizer(run: records.Run, source: records.Source) -> bool:
     before = records.GATED_STAGES[: records.GATED_STAGES.index(source.stage) + 1]
     finished = [stage for stage in before if (run.stage(stage) / "record.json").is_file()]
     external = any(run.record(stage).get("external") for stage in finished)
-    return external and bool(_other_tokenizer_file(run, source))
+    return external and bool(other_tokenizer_file(run, source.folder))
 
 
 def require_same_tokenizer(run: records.Run, source: records.Source) -> None:
@@ -166,7 +169,7 @@ def require_same_tokenizer(run: records.Run, source: records.Source) -> None:
     Errors:
         UsageError: the tokenizer was made anew after the model; the message names the scripts.
     """
-    if name := _other_tokenizer_file(run, source):
+    if name := other_tokenizer_file(run, source.folder):
         again = records.SCRIPTS["init"]
         if source.stage != "init":
             again += f", then {records.SCRIPTS['pretrain']} --no-resume and what follows it,"
@@ -176,10 +179,10 @@ def require_same_tokenizer(run: records.Run, source: records.Source) -> None:
         )
 
 
-def _other_tokenizer_file(run: records.Run, source: records.Source) -> str | None:
+def other_tokenizer_file(run: records.Run, model: Path) -> str | None:
     """Return the first tokenizer file that is not the same beside the model and in the run."""
     for name in llama.TOKENIZER_FILES:
-        files = [folder / name for folder in (run.tokenizer, source.folder)]
+        files = [folder / name for folder in (run.tokenizer, model)]
         if len({storage.sha256_file(file) if file.is_file() else "" for file in files}) > 1:
             return name
     return None

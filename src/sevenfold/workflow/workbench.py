@@ -19,6 +19,7 @@ from sevenfold.base.hardware import (
 from sevenfold.data.batches import Batch, Batches, RowSource
 from sevenfold.model import attention, float8, kernels, llama
 from sevenfold.model.config import KernelConfig, from_hf
+from sevenfold.objective.agreement import require_agreement
 from sevenfold.objective.next_token import Objective, Scorer
 from sevenfold.train import checkpoint, loop, optimizer, parallel, resuming
 from sevenfold.train.config import TrainConfig
@@ -46,6 +47,10 @@ def load_scorer(job: Job) -> Scorer:
     """Load the model to train, ready for the precision that the stage asks for.
 
     Peak memory counts from here on, so that a stage's is its own.
+
+    Errors:
+        UsageError: the model is from outside and computes something that training would not, or
+            a kernel has no effect on it.
     """
     config = job.config
     reset_peak_memory()
@@ -57,6 +62,14 @@ def load_scorer(job: Job) -> Scorer:
         job.processes.device,
         attn_implementation=attention.IMPLEMENTATION,
     )
+    kind = model.config.model_type
+    if job.recipe.kernels.liger and kind != "llama":
+        raise UsageError(
+            f"kernels.liger patches Llama's classes and has no effect on model type '{kind}'; set "
+            "kernels.liger=false"
+        )
+    if job.source.external:
+        require_agreement(Scorer(model, kernel="plain"))
     return make_scorer(model, config, kernel)
 
 

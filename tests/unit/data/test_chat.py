@@ -123,6 +123,13 @@ def test_a_text_trains_on_everything_after_bos(tokenizer: Any) -> None:
     assert found[1:-1] == ids(tokenizer, "Tom has <|end|>.")
 
 
+def test_a_tokenizer_without_bos_writes_none(other: Any) -> None:
+    other.bos_token = None
+    found, mask = render_text(other, "Tom has a hat.")
+    assert found == [*ids(other, "Tom has a hat."), EOS]
+    assert set(mask) == {1}
+
+
 def test_an_unknown_role_is_refused_by_the_template(tokenizer: Any) -> None:
     with pytest.raises(BadDataError, match=r"the chat template refuses .*unknown role tool"):
         render(tokenizer, [says("tool", "x")])

@@ -17,7 +17,7 @@ from sevenfold.base.records import Run, Source
 from sevenfold.model.config import InitConfig, LoRAAdapterConfig, ModelConfig
 from sevenfold.model.llama import initialize, load_model, save_model
 from sevenfold.model.lora import add_adapter, load_adapter
-from sevenfold.workflow import lora, training
+from sevenfold.workflow import lora
 
 INIT = InitConfig(std=0.06, scale_residual=False, dtype="float32")
 ADAPTER = LoRAAdapterConfig(r=2, alpha=4.0, dropout=0.0, targets="all-linear")
@@ -42,19 +42,17 @@ def write_base(folder: Path, seed: int) -> str:
     return str(storage.read_manifest(folder)["fingerprint"])
 
 
-@pytest.fixture(params=["dpo", "external"])
+@pytest.fixture(params=["lora", "dora"])
 def job(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
-    """The parts of a job that the end of the stage reads; a DoRA on a model from outside."""
+    """The parts of a job that the end of the stage reads."""
     run = Run(folder=tmp_path / "run", facts={"preset": "demo"})
-    external = request.param == "external"
-    adapter = DORA if external else ADAPTER
-    folder = tmp_path / "outside" if external else run.model("dpo")
-    known = write_base(folder, 0)
-    found = training.outside_fingerprint(folder) if external else known
+    adapter = DORA if request.param == "dora" else ADAPTER
+    folder = run.model("dpo")
+    found = write_base(folder, 0)
     return types.SimpleNamespace(
         run=run,
         folder=run.stage("lora"),
-        source=Source(folder=folder, fingerprint=found, stage=request.param, external=external),
+        source=Source(folder=folder, fingerprint=found, stage="dpo"),
         recipe=types.SimpleNamespace(
             lora=types.SimpleNamespace(adapter=adapter), init=types.SimpleNamespace(dtype="float32")
         ),

@@ -91,11 +91,13 @@ def test_what_descends_from_outside_gets_rows_of_its_own_tokenizer(
 def test_force_is_refused_where_it_has_no_effect(run: Run, tmp_path: Path, resume: bool) -> None:
     storage.write_text(tmp_path / "outside" / "config.json", "{}")
     options = training.StageOptions(start_from=tmp_path / "outside", force="why", resume=resume)
-    with pytest.raises(UsageError, match=r"no effect with --start-from.*of sft to.*leave it out"):
-        training.open_source(run, "pretrain", options)
-    (run.stage("sft") / "checkpoints").mkdir(parents=True)
+    with pytest.raises(
+        UsageError, match=r"no effect with --start-from.*before pretr.*leave it out"
+    ):
+        training.open_source(run, "init", options)
+    (run.stage("pretrain") / "checkpoints").mkdir(parents=True)
     if resume:
-        assert training.open_source(run, "pretrain", options).external
+        assert training.open_source(run, "init", options).external
     else:
         with pytest.raises(UsageError, match="no effect"):
-            training.open_source(run, "pretrain", options)
+            training.open_source(run, "init", options)
