@@ -328,8 +328,8 @@ def _report(bench: Workbench, row: dict[str, float], length: int, spent_s: float
 def validation_loss(bench: Workbench) -> float:
     """Return the objective's mean over the held-out batches, without touching random states."""
     bench.scorer.eval()
-    length = bench.config.longest_context
-    total, weight = _fitting(bench, bench.step, length, lambda: _validate(bench))
+    longest = bench.config.longest_context
+    total, weight = _fitting(bench, bench.step, longest, lambda: _validate(bench))
     bench.scorer.train()
     return total / weight
 
@@ -337,8 +337,7 @@ def validation_loss(bench: Workbench) -> float:
 @torch.no_grad()
 def _validate(bench: Workbench) -> list[float]:
     """Return the summed loss of the held-out batches, and their weight."""
-    asked = launch.at_phase(bench.step, "evaluate")
-    total, weight = 0.0, 0.0
+    asked, total, weight = launch.at_phase(bench.step, "evaluate"), 0.0, 0.0
     for batch in bench.validation:
         for micro_batch in batch.split(bench.memory.micro_batch):
             if "oom" in asked:

@@ -133,8 +133,8 @@ class LoRAConfig:
 class Recipe:
     """Everything that decides what comes out of a run.
 
-    ``tracking`` is ``wandb``, ``tensorboard`` or ``none``; ``gpu_hour_price`` is what an hour of one
-    GPU costs, in any currency, for the cost in the records.
+    ``tracking`` is ``wandb``, ``tensorboard`` or ``none``; ``gpu_hour_price`` is what an hour of
+    one GPU costs, in any currency, for the cost in the records.
     """
 
     seed: int

@@ -1,8 +1,8 @@
 """Metrics to wandb or TensorBoard as well: the very rows that go to ``metrics.jsonl``.
 
 wandb is offline unless WANDB_MODE says otherwise; TensorBoard's files lie in the run's folder
-``tensorboard``. Training neither fails nor waits for either: what cannot be tracked is dropped, with
-one warning. What wandb would find out by itself (command line, host, repository) is not written
+``tensorboard``. Training neither fails nor waits for either: what cannot be tracked is dropped,
+with one warning. What wandb would find out by itself (command line, host, repository) is not written
 down: it may hold secrets, and a run's record says it already.
 """
 
