@@ -49,7 +49,7 @@ def cast(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     scaled = values.float() * scale
     saturated = scaled.clamp(-LARGEST[dtype], LARGEST[dtype])
     # A constant NaN would differ from itself, and a compiler would not see that two casts are one.
-    return torch.where(scaled.isinf(), scaled - scaled, saturated).to(dtype)
+    return torch.where(scaled.isinf(), scaled * 0, saturated).to(dtype)
 
 
 def multiply(
