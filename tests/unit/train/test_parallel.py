@@ -220,9 +220,9 @@ def test_what_happens_to_one_process_stops_all_and_costs_nothing(
         ["step-00000005", "step-00000009"],
     )
     monkeypatch.setenv("SEVENFOLD_FAULTS", "kill@step=13:rank=1")
-    started = time.monotonic()
     assert train(tmp_path, 2) not in (0, 75)
-    assert time.monotonic() - started < 60
+    last_sign_of_life_s = (tmp_path / "metrics.jsonl").stat().st_mtime
+    assert time.time() - last_sign_of_life_s < 60
     assert "process 1 of 2 was ended by SIGKILL after step 13" in caplog.text
     monkeypatch.setenv("SEVENFOLD_FAULTS", "nan@step=24:rank=1")
     assert train(tmp_path, 2) == 0
