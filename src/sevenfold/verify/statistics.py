@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
@@ -88,11 +88,7 @@ def paired_loss(
 ) -> Estimate:
     """Estimate how much worse ``now`` is than ``before`` on the same items; above 0 is worse.
 
-    Proportions get one imagined item won and one lost: without them, equal answers on every item
-    would give an interval of no width, however few the items.
-
-    Source:
-        Paired bootstrap; the two imagined items are those of Bonett and Price 2012.
+    Items that are right or wrong get Tango's score interval, all else a paired bootstrap.
     """
     later, earlier = np.asarray(now, dtype=np.float64), np.asarray(before, dtype=np.float64)
     if later.shape != earlier.shape:
@@ -109,10 +105,53 @@ def paired_loss(
         return sign * difference + 0.0  # never -0
 
     value = float(loss(both.sum(axis=0, keepdims=True), n)[0])
-    if kind == "proportion":
-        both = np.concatenate([both, [[1.0, 0.0], [0.0, 1.0]]])
-    low, high = _bounds(loss(_resampled_sums(both, seed), len(both)), n, confidence)
+    if kind == "proportion" and np.isin(both, (0.0, 1.0)).all():
+        worse = sign * (later - earlier)
+        lost, gained = int((worse > 0).sum()), int((worse < 0).sum())
+        low, high = tango_interval(lost, gained, n, confidence)
+    else:
+        low, high = _bounds(loss(_resampled_sums(both, seed), n), n, confidence)
     return _finite(value, low, high, n)
+
+
+def tango_interval(lost: int, gained: int, n: int, confidence: float) -> tuple[float, float]:
+    """Return the score interval of the share of ``n`` items lost less the share gained.
+
+    Unlike a bootstrap it has a width where nothing was lost or gained, and holds its level where
+    items were only lost.
+
+    Source:
+        Tango 1998, "Equivalence test and confidence interval for the difference in proportions
+        for the paired-sample design", equations 15 and 16.
+    """
+    if n <= 0 or min(lost, gained) < 0 or lost + gained > n:
+        raise ValueError(f"{lost} lost and {gained} gained of {n} is not possible")
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+
+    def score(loss: float) -> float:
+        """Standard errors between what was seen and a true ``loss``; falls as that rises."""
+        b = (2 * n - lost + gained) * loss - lost - gained
+        root = math.sqrt(max(0.0, b * b + 8 * n * gained * loss * (1 - loss)))
+        share_gained = (root - b) / (4 * n)  # most likely, if ``loss`` is true
+        variance = n * (2 * share_gained + loss * (1 - loss))
+        off = lost - gained - n * loss
+        return off / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, off)
+
+    value = (lost - gained) / n
+    return _where(score, z, -1.0, value), _where(score, -z, value, 1.0)
+
+
+def _where(falling: Callable[[float], float], level: float, low: float, high: float) -> float:
+    """Return the place between ``low`` and ``high`` where ``falling`` comes down to ``level``."""
+    if low == high:
+        return low
+    for _ in range(60):
+        middle = (low + high) / 2
+        if falling(middle) > level:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
 
 
 def _finite(value: float, low: float, high: float, n: int) -> Estimate:

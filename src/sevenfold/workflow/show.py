@@ -90,13 +90,15 @@ def verify(options: argparse.Namespace) -> None:
             raise CheckpointError(told)
         raise BadDataError(told)
     if found.is_old:
+        names = ", ".join(sorted({path.name for path in found.unsealed}))
         console.print_line(
-            f"{run.folder}: made before files that stand alone had a seal, so these could not be "
-            f"checked: {', '.join(str(p.relative_to(run.folder)) for p in found.unsealed)}",
+            f"{run.folder}: written before files that stand alone had a seal, so "
+            f"{len(found.unsealed)} of them could not be checked: {names}",
             style="yellow",
         )
+    checked = found.num_files - (len(found.unsealed) if found.is_old else 0)
     console.print_line(
-        f"{run.folder}: {found.num_folders} folders, {found.num_files} files, all as written"
+        f"{run.folder}: {found.num_folders} folders, {checked} files, all as written"
     )
 
 

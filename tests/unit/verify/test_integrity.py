@@ -111,8 +111,8 @@ def test_a_run_of_a_version_before_seals(run: Run, capsys: pytest.CaptureFixture
     (run.stage(STAGE) / "record.json").write_text(json.dumps(record))
     assert cli.execute(["verify", str(run.folder)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "made before files that stand alone had a seal" in printed
-    assert "sft/metrics.jsonl" in printed
-    assert "all as written" in printed
+    assert "written before files that stand alone had a seal, so 6 of them could not" in printed
+    assert "manifest.json, metrics.jsonl, record.json, recovery.json, run.json" in printed
+    assert "2 folders, 2 files, all as written" in printed
     (run.model(STAGE) / "model.safetensors").write_bytes(b"weirdos")
     assert cli.execute(["verify", str(run.folder)]) == 4

@@ -12,6 +12,7 @@ from sevenfold.verify.statistics import (
     estimate,
     paired_loss,
     samples_needed,
+    tango_interval,
     wilson_interval,
 )
 
@@ -100,10 +101,68 @@ def test_paired_loss_sees_what_unpaired_intervals_hide() -> None:
     assert found.low is not None
     assert found.high is not None
     assert 0.005 < found.low < 0.025 < found.high < 0.05
+    assert (found.low, found.high) == tango_interval(10, 0, 400, 0.95)
     better = paired_loss("proportion", before, now, higher_is_better=True, confidence=0.95)
     assert better.value == pytest.approx(-10 / 400)
     lower = paired_loss("proportion", now, before, higher_is_better=False, confidence=0.95)
     assert lower.value == pytest.approx(-10 / 400)
+
+
+def most_likely_statistic(lost: int, gained: int, n: int, loss: float) -> float:
+    """Tango's statistic from its definition: the likeliest shares are looked for, not solved."""
+    shares = np.linspace(max(0.0, -loss), (1 - loss) / 2, 200_001)[1:-1]
+    rest = 1 - 2 * shares - loss
+    likelihood = (
+        lost * np.log(shares + loss) + gained * np.log(shares) + (n - lost - gained) * np.log(rest)
+    )
+    share = shares[likelihood.argmax()]
+    return float((lost - gained - n * loss) / math.sqrt(n * (2 * share + loss - loss * loss)))
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "n"), [(12, 2, 50), (9, 3, 44), (2, 12, 50), (30, 25, 80), (17, 1, 256)]
+)
+def test_the_score_interval_ends_where_its_statistic_is_the_quantile(
+    lost: int, gained: int, n: int
+) -> None:
+    low, high = tango_interval(lost, gained, n, 0.95)
+    assert low < (lost - gained) / n < high
+    assert most_likely_statistic(lost, gained, n, low) == pytest.approx(1.959964, abs=1e-3)
+    assert most_likely_statistic(lost, gained, n, high) == pytest.approx(-1.959964, abs=1e-3)
+    mirrored = tango_interval(gained, lost, n, 0.95)
+    assert mirrored == pytest.approx((-high, -low), abs=1e-12)
+
+
+def test_the_score_interval_against_a_known_one() -> None:
+    """Fagerland, Lydersen and Laake 2014: 1 and 7 discordant pairs of 21, -0.517 to -0.026."""
+    assert tango_interval(1, 7, 21, 0.95) == pytest.approx((-0.517, -0.026), abs=5e-4)
+
+
+def test_the_score_interval_at_its_ends() -> None:
+    # Nothing lost, nothing gained: z**2 / (n + z**2) to both sides.
+    assert tango_interval(0, 0, 10, 0.95) == pytest.approx((-0.27753, 0.27753), abs=1e-5)
+    assert tango_interval(10, 0, 10, 0.95)[1] == 1
+    assert tango_interval(0, 10, 10, 0.95)[0] == -1
+    with pytest.raises(ValueError, match="3 lost and 9 gained of 10 is not possible"):
+        tango_interval(3, 9, 10, 0.95)
+
+
+@pytest.mark.parametrize("n", [100, 256, 500])
+@pytest.mark.parametrize("margin", [0.05, 0.1, 0.15])
+def test_a_loss_of_the_margin_passes_in_one_of_forty_at_most(n: int, margin: float) -> None:
+    """Counted out, not drawn: the model only loses, which is where a bootstrap errs too often."""
+    passing = [k for k in range(n + 1) if tango_interval(k, 0, n, 0.95)[1] <= margin]
+    chance = sum(math.comb(n, k) * margin**k * (1 - margin) ** (n - k) for k in passing)
+    assert passing
+    assert chance < 0.028
+
+
+def test_scores_between_right_and_wrong_get_a_bootstrap() -> None:
+    before, now = [[0.5], [1.0]] * 20, [[0.25], [1.0]] * 20
+    found = paired_loss("proportion", now, before, higher_is_better=True, confidence=0.95)
+    assert found.value == pytest.approx(0.125)
+    assert found.low is not None
+    assert 0.05 < found.low < 0.125
 
 
 def test_equal_answers_on_few_items_are_no_certainty() -> None:
