@@ -1,4 +1,4 @@
-"""Do the tests notice when a protection is taken out? Takes twelve out, one at a time, and looks.
+"""Do the tests notice when a protection is taken out? Takes fourteen out, one at a time, and looks.
 
 Each mutation changes one line of a copy of the project and runs the tests that guard it there:
 they must fail. Prints a table; the exit code is 0 only if every mutation was noticed.
@@ -131,6 +131,22 @@ MUTATIONS = (
         "    stop.agreed = stops > 0\n",
         "    stop.agreed = asked > 0\n",
         ("tests/unit/train/test_parallel.py", "-k", "what_happens_to_one"),
+    ),
+    Mutation(
+        "K07",
+        "a changed record is refused where it is read",
+        "src/sevenfold/base/seals.py",
+        'look(data) == "wrong":',
+        "False:",
+        ("tests/unit/base/test_seals.py", "-k", "changed_field"),
+    ),
+    Mutation(
+        "K07",
+        "verify compares files with the record beside them",
+        "src/sevenfold/verify/integrity.py",
+        "        elif storage.sha256_file(stage / name) != sha256:\n",
+        "        elif False:\n",
+        ("tests/unit/verify/test_integrity.py", "-k", "replaced_by_another"),
     ),
 )
 

@@ -136,6 +136,7 @@ def verify(run: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     return code, re.sub(r"\s", "", printed.out + printed.err)
 
 
+@pytest.mark.fault("K07")
 def test_one_flipped_bit_anywhere_is_named(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In every file; of those with a seal, or checksums in their lines, in an end as well."""
     draw = random.Random(20261123)

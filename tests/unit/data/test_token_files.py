@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +172,7 @@ def test_what_was_counted_stands_beside_the_ids(
     tmp_path: Path, made: Any, clean_shards: dict[Path, str]
 ) -> None:
     part = next(encode_shards(tmp_path / "tokens", clean_shards, encoding(made), num_workers=1))
-    facts = json.loads(part.path.with_suffix(".json").read_text())
+    facts = storage.read_json(part.path.with_suffix(".json"))
     assert facts.pop("sha256") == storage.sha256_file(part.path)
     assert facts.pop("made_from")
     assert facts == {k: v for k, v in dataclasses.asdict(part).items() if k != "path"}
