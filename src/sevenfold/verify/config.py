@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.parse
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -86,12 +87,51 @@ class TaskConfig:
 
 
 @configuration
+class JudgeConfig:
+    """A judge model for the answers of safety tasks, at an OpenAI-compatible ``address``.
+
+    ``address`` ends where ``/chat/completions`` follows, as in ``https://host/v1``.
+    ``key_variable`` names the environment variable that holds the key, null if none is sent; a key
+    itself is never a setting. An answer is asked about ``attempts`` times at most, each time for
+    ``timeout_s``. ``allow_cleartext`` lets answers and key go over http to other machines.
+    """
+
+    address: str
+    model: Annotated[str, Field(min_length=1)]
+    key_variable: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None
+    timeout_s: Annotated[float, Field(gt=0, le=600)]
+    attempts: Annotated[int, Field(ge=1, le=10)]
+    allow_cleartext: bool
+
+    def __post_init__(self) -> None:
+        """Refuse an address that holds secrets, is none, or would be spoken to in cleartext."""
+        try:
+            parts = urllib.parse.urlsplit(self.address)
+            host, _ = parts.hostname, parts.port
+        except ValueError:
+            parts, host = urllib.parse.urlsplit(""), None
+        if parts.scheme not in ("http", "https") or not host or not self.address.isprintable():
+            raise ValueError("'address' is an http or https address, such as https://host/v1")
+        if parts.username is not None or parts.query or parts.fragment:
+            raise ValueError(
+                "'address' holds a user, query or fragment; secrets go into the environment, and "
+                "'key_variable' names the variable"
+            )
+        is_local = host in ("localhost", "127.0.0.1", "::1")
+        if parts.scheme == "http" and not is_local and not self.allow_cleartext:
+            raise ValueError(
+                "'address' would send answers and key in cleartext to another machine; use https, "
+                "or set 'allow_cleartext'"
+            )
+
+
+@configuration
 class EvaluateConfig:
     """What is measured after every stage.
 
     ``confidence`` is that of the intervals in ``evaluation.json`` (a gate uses its own file's);
     ``max_new_tokens`` ends a generation that does not end itself; ``batch_tokens`` bounds one
-    forward pass and changes speed only.
+    forward pass and changes speed only. ``judge`` is asked apart from all that a gate reads.
     """
 
     tasks: Annotated[tuple[TaskConfig, ...], Field(min_length=1)]
@@ -100,6 +140,7 @@ class EvaluateConfig:
     max_new_tokens: Annotated[int, Field(ge=1)]
     sample_prompts: tuple[str, ...] = ()
     batch_tokens: Annotated[int, Field(ge=1)] | None = None
+    judge: JudgeConfig | None = None
 
     def __post_init__(self) -> None:
         """Refuse two tasks of one name."""

@@ -17,7 +17,7 @@ import yaml
 
 from sevenfold.base import storage
 from sevenfold.base.records import GATED_STAGES, STAGES, Run
-from sevenfold.verify import charts, data_card, lineage, report_text, standing
+from sevenfold.verify import charts, data_card, judge, lineage, report_text, standing
 from sevenfold.verify.model_card import num_parameters
 
 MAX_EVENTS_SHOWN = 12
@@ -26,6 +26,7 @@ MAX_SAMPLES_OPEN = 12
 SHOWN_ELSEWHERE = frozenset(
     ("step", "tokens", "lr", "grad_norm", "tok_s", "mfu", "mem_gib", "seq_len", "elapsed_s")
 )
+JUDGED_METRICS = ("refusal_rate", "over_refusal_rate", "agreement")
 TITLES = {
     "init": "Initial model",
     "pretrain": "Pretraining",
@@ -95,6 +96,7 @@ def describe(run: Run) -> dict[str, Any]:
         "stages": stages,
         "forced": _forced(stages),
         "metrics": _metrics(stages),
+        "judged": _judged(run),
         "samples": _samples(stages),
         "sources": data_card.sources(run),
         "data": data_card.prepared(run),
@@ -230,6 +232,17 @@ def _metrics(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         cells = [(stage, _measurement(given.get(stage))) for stage in measured]
         sizes = dict.fromkeys(report_text.count(values.get("n")) for values in given.values())
         rows.append({"name": name, "cells": cells, "n": " / ".join(filter(None, sizes))})
+    return rows
+
+
+def _judged(run: Run) -> list[dict[str, Any]]:
+    """Return what a judge model said of each stage's answers, one row a stage and task."""
+    rows = []
+    for stage in STAGES:
+        found = judge.read_judged(run, stage)
+        for task, metrics in (found["tasks"] if found else {}).items():
+            cells = [metrics.get(name) for name in JUDGED_METRICS]
+            rows.append({"stage": stage, "task": task, "cells": cells, **found})
     return rows
 
 

@@ -28,7 +28,7 @@ from sevenfold.verify.config import EvaluateConfig, TaskConfig
 from sevenfold.verify.evaluate import Evaluation, evaluate_model
 from sevenfold.verify.likelihood import token_counts
 from sevenfold.verify.tasks import Task, read_task
-from sevenfold.workflow import contamination
+from sevenfold.workflow import contamination, judging
 from sevenfold.workflow.contamination import items_sha256, task_file, task_paths
 from sevenfold.workflow.recipe import Recipe
 from sevenfold.workflow.thresholds import require_known_gates
@@ -59,11 +59,13 @@ def evaluate_stage(run: Run, recipe: Recipe, stage: str) -> dict[str, Any]:
         BadDataError: bytes of the model, or an item, are not what they should be.
     """
     record = run.record(stage)
+    judging.require_key(recipe.evaluate)
     manifest = storage.verify_folder(run.model(stage), exact=True)
     identity = _identity(run, recipe.evaluate, stage, manifest)
     known = _known_evaluation(run, stage)
     if known is not None and all(known.get(name) == value for name, value in identity.items()):
         print_line(f"{stage}: already measured, {len(known['metrics'])} metrics{_by(run, known)}")
+        judging.judge_stage(run, recipe.evaluate, stage)
         return known
     started_at_s = time.monotonic()
     with working(f"{stage}: measuring {len(identity['data'])} tasks"):
@@ -85,6 +87,7 @@ def evaluate_stage(run: Run, recipe: Recipe, stage: str) -> dict[str, Any]:
     columns = ("metric", "value", "low", "high", "n")
     rows = [[name, *(m[key] for key in columns[1:])] for name, m in found.metrics.items()]
     print_table(f"{stage}: measured in {evaluation['elapsed_s']} s", columns, rows)
+    judging.judge_stage(run, recipe.evaluate, stage)
     return evaluation
 
 
@@ -96,6 +99,7 @@ def _identity(
     if not data:
         raise UsageError(f"evaluate.tasks holds no task for stage {stage}; add one to the recipe")
     settings = to_plain(config) | {"tasks": to_plain(config.tasks_of(stage)), "batch_tokens": None}
+    settings.pop("judge")  # whose opinion is no part of the evaluation
     return {
         "stage": stage,
         "fingerprint": manifest["fingerprint"],

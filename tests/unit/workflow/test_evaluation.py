@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -23,8 +24,8 @@ from sevenfold.data.tokenizer import TokenizerConfig, train_tokenizer
 from sevenfold.model.llama import load_model, save_model
 from sevenfold.model.lora import LoRAAdapterConfig, add_adapter, merge_adapter, save_adapter
 from sevenfold.verify import standing
-from sevenfold.verify.config import EvaluateConfig, TaskConfig
-from sevenfold.workflow import evaluation
+from sevenfold.verify.config import EvaluateConfig, JudgeConfig, TaskConfig
+from sevenfold.workflow import evaluation, judging
 from sevenfold.workflow.contamination import EvaluationItems
 from sevenfold.workflow.evaluation import check_stage, evaluate_stage
 from sevenfold.workflow.recipe import Recipe
@@ -196,6 +197,29 @@ def test_measuring_again_does_nothing(run: Run, monkeypatch: pytest.MonkeyPatch)
     found = evaluate_stage(run, recipe(), "sft")
     assert found == storage.read_json(run.stage("sft") / "evaluation.json")
     assert (run.stage("sft") / "evaluation.json").read_bytes() == before
+
+
+def test_a_judge_changes_nothing_that_a_gate_reads(
+    run: Run, gates_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = JudgeConfig(
+        address="https://judge.example", model="a", key_variable="JUDGE_KEY", timeout_s=1.0,
+        attempts=1, allow_cleartext=False,
+    )  # fmt: skip
+    plain = recipe()
+    settings = dataclasses.replace(plain.evaluate, judge=judge)
+    with_judge = cast("Recipe", types.SimpleNamespace(**(vars(plain) | {"evaluate": settings})))
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    monkeypatch.setattr(evaluation, "_measure", lambda *_: pytest.fail("measured again"))
+    with pytest.raises(UsageError, match="export JUDGE_KEY"):
+        evaluate_stage(run, with_judge, "sft")
+    monkeypatch.setenv("JUDGE_KEY", "k")
+    monkeypatch.setattr(judging, "judge_answers", lambda c, answers, key: [True] * len(answers))
+    before = (run.stage("sft") / "evaluation.json").read_bytes()
+    evaluate_stage(run, with_judge, "sft")
+    assert storage.read_json(run.stage("sft") / "judge.json")["num_asked"] == 12
+    assert (run.stage("sft") / "evaluation.json").read_bytes() == before
+    assert evaluation.read_evidence(run, settings, "sft").problem is None
 
 
 def test_measured_anew_every_item_scores_the_same(run: Run) -> None:
