@@ -242,7 +242,7 @@ def _judged(run: Run) -> list[dict[str, Any]]:
         found = judge.read_judged(run, stage)
         for task, metrics in (found["tasks"] if found else {}).items():
             cells = [metrics.get(name) for name in JUDGED_METRICS]
-            rows.append({"stage": stage, "task": task, "cells": cells, **found})
+            rows.append({**(found or {}), "stage": stage, "task": task, "cells": cells})
     return rows
 
 

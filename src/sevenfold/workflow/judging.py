@@ -1,4 +1,4 @@
-"""The judge model's opinion of a stage's answers, in ``judge.json``: beside the evidence, not in it.
+"""A judge model's opinion of a stage's answers, ``judge.json``: beside the evidence, not in it.
 
 No gate reads it. It says of which bytes it speaks, and ``record.json`` holds its SHA-256.
 """

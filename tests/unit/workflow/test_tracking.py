@@ -1,4 +1,4 @@
-"""Tracking with wandb and TensorBoard: what it keeps, what it must not keep, and that it stops nothing."""
+"""Tracking with wandb and TensorBoard: what they keep, and that they stop nothing."""
 
 from __future__ import annotations
 
