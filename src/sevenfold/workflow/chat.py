@@ -23,30 +23,36 @@ Message = dict[str, str]
 
 
 def chat(options: argparse.Namespace) -> None:
-    """Read questions from standard input and answer each as the tokens come.
+    """Read questions and commands from standard input; answer each question as the tokens come.
 
     Errors:
-        UsageError: there is no run or no finished stage, or a flag is out of range.
+        UsageError: there is no run or no finished stage, or a flag or a command is wrong.
     """
-    if options.temperature < 0:
-        raise UsageError(f"--temperature {options.temperature}: expected 0 or more")
-    if options.max_tokens < 1:
-        raise UsageError(f"--max-tokens {options.max_tokens}: expected 1 or more")
+    # It imports what is below; both are one verb's.
+    from sevenfold.workflow.conversation import Conversation, Sampling
+
+    sampling = Sampling(
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_tokens=options.max_tokens,
+        seed=options.seed,
+    )
+    if sampling.temperature == 0 and (sampling.top_p != 1 or sampling.seed is not None):
+        raise UsageError("--top-p and --seed have no effect without --temperature; give one")
     run = open_run(options.run)
-    stage = options.stage or latest_stage(run)
-    model, tokenizer = open_model(run, stage)
     interactive = sys.stdin.isatty()
+    talk = Conversation(run, options.stage or [latest_stage(run)], sampling)
     if interactive:
-        console.print_line(f"{stage} of {run.folder}. /new starts over, /quit ends.", style="dim")
-    said: list[Message] = []
-    for line in _questions(interactive=interactive):
-        if line == "/new":
-            said = []
-            continue
-        said.append({"role": "user", "content": line})
-        said = _shorten(tokenizer, said, model, options.max_tokens)
-        answer = _answer(model, tokenizer, said, options.max_tokens, options.temperature)
-        said.append({"role": "assistant", "content": answer})
+        console.print_line(f"{run.folder}: {talk.describe()}", style="dim")
+        console.print_line("/help lists what else may be said, /quit ends", style="dim")
+    for line in _lines(interactive=interactive):
+        try:
+            if not talk.hear(line):
+                return
+        except UsageError as error:
+            if not interactive:
+                raise
+            console.print_error(str(error))
 
 
 def latest_stage(run: Run) -> str:
@@ -105,7 +111,7 @@ def _prompt_of(item: dict[str, Any]) -> tuple[str, str | None]:
     return "other", None
 
 
-def _questions(*, interactive: bool) -> Iterator[str]:
+def _lines(*, interactive: bool) -> Iterator[str]:
     while True:
         try:
             if interactive:
@@ -117,25 +123,8 @@ def _questions(*, interactive: bool) -> Iterator[str]:
         except (EOFError, KeyboardInterrupt):
             console.print_line()
             return
-        text = line.strip()
-        if text in ("/quit", "/exit"):
-            return
-        if text:
+        if text := line.strip():
             yield text
-
-
-def _shorten(tokenizer: Any, said: list[Message], model: Any, max_tokens: int) -> list[Message]:
-    """Forget the oldest turns when question and answer would not fit into the context.
-
-    Errors:
-        UsageError: the last question alone does not fit.
-    """
-    room = int(model.config.max_position_embeddings)
-    for start in range(0, len(said), 2):
-        ids = generation.chat_prompts(tokenizer, [said[start:]])[0]
-        if len(ids) + min(max_tokens, room // 2) <= room:
-            return said[start:]
-    raise UsageError(f"this question has more tokens than the model's context of {room} leaves")
 
 
 class TextStream:
@@ -168,27 +157,3 @@ class TextStream:
 
     def end(self) -> None:
         """Nothing is left to say: what is not a whole character stays unsaid."""
-
-
-@torch.inference_mode()
-def _answer(
-    model: Any, tokenizer: Any, said: list[Message], max_tokens: int, temperature: float
-) -> str:
-    ids = generation.chat_prompts(tokenizer, [said])[0]
-    ends = generation.end_token_ids(tokenizer)
-    printer = TextStream(tokenizer, ends, console.print_raw)
-    input_ids = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
-    room = int(model.config.max_position_embeddings) - len(ids)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
-    console.print_raw("model  ")
-    model.generate(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=min(max_tokens, room),
-        eos_token_id=ends,
-        pad_token_id=ends[0],
-        streamer=printer,
-        **({"do_sample": False} | sampling),
-    )
-    console.print_line()
-    return printer.text

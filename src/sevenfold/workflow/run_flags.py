@@ -26,8 +26,15 @@ def any_stage(parser: argparse.ArgumentParser) -> None:
 def chat(parser: argparse.ArgumentParser) -> None:
     """Take what an answer in the terminal depends on."""
     names = STAGES[1:]
-    parser.add_argument("--stage", type=one_of(names), help=f"{'|'.join(names)} (default: latest)")
+    parser.add_argument(
+        "--stage",
+        type=one_of(names),
+        action="append",
+        help=f"{'|'.join(names)} (default: latest); of several, each answers",
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, help="share of the probability (1)")
+    parser.add_argument("--seed", type=int, metavar="N", help="draw the same answers again")
     parser.add_argument("--max-tokens", type=int, default=256, help="longest answer (256)")
 
 

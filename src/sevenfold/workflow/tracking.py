@@ -2,8 +2,8 @@
 
 wandb is offline unless WANDB_MODE says otherwise; TensorBoard's files lie in the run's folder
 ``tensorboard``. Training neither fails nor waits for either: what cannot be tracked is dropped,
-with one warning. What wandb would find out by itself (command line, host, repository) is not written
-down: it may hold secrets, and a run's record says it already.
+with one warning. What wandb would find out by itself (command line, host, repository) is not
+written down: it may hold secrets, and a run's record says it already.
 """
 
 from __future__ import annotations
