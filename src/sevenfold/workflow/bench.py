@@ -31,7 +31,6 @@ from sevenfold.workflow import (
     bench_data,
     bench_dedup,
     bench_mmlu,
-    planning,
     steps,
     training,
     trial,
@@ -40,6 +39,7 @@ from sevenfold.workflow import (
 from sevenfold.workflow import recipe as recipes
 from sevenfold.workflow.flags import DATA_BENCHMARKS, TEXT_BENCHMARKS
 from sevenfold.workflow.recipe import Recipe
+from sevenfold.workflow.remaining import train_config
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def bench(options: argparse.Namespace) -> None:
     # A folder that holds no run: what is measured is the preset, not what was made of it once.
     run, recipe = recipes.resolve(options.preset, options.config, options.set, folder)
     stage = options.what if options.what in TRAINING else "pretrain"
-    config = training.decide(planning.train_config(recipe, stage))
+    config = training.decide(train_config(recipe, stage))
     if options.what == "optimizer":
         config = dataclasses.replace(config, compile="none")
     asked = Bench(

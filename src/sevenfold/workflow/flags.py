@@ -257,7 +257,7 @@ _TABLE = (
     Verb(
         "watch",
         "follow a run that is training",
-        f"{_SHOW}:watch",
+        "sevenfold.workflow.watching:watch",
         (run_flags.existing_run, run_flags.watch),
     ),
     Verb("report", "write report.html", f"{_SHOW}:report", (run_flags.existing_run,)),

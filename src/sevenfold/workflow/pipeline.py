@@ -28,6 +28,7 @@ from sevenfold.verify.config import STAGES
 from sevenfold.workflow import recipe as recipes
 from sevenfold.workflow import steps
 from sevenfold.workflow.recipe import Recipe
+from sevenfold.workflow.remaining import progress, seconds_left
 from sevenfold.workflow.steps import Job
 from sevenfold.workflow.thresholds import require_items, require_known_gates
 from sevenfold.workflow.workers import Workers, require_executor
@@ -92,6 +93,8 @@ def run_all(options: argparse.Namespace) -> None:
         try:
             for index, step in enumerate(chosen):
                 _announce(step, chosen, index)
+                if step.is_training:
+                    _say_what_is_left(job.run, stages)
                 _perform(step, job, options, gates_file)
         except StoppedError:
             raise
@@ -159,6 +162,13 @@ def _announce(step: Step, chosen: tuple[Step, ...], index: int) -> None:
         plain.print(strip)
     else:
         plain.print(Text(f"[{index + 1}/{len(chosen)}] {step.number} {step.verb}"))
+
+
+def _say_what_is_left(run: records.Run, stages: Sequence[str]) -> None:
+    """Print how long the training of ``stages`` still takes, once a stage has shown how fast."""
+    left_s = seconds_left([stage for stage in progress(run) if stage.stage in stages])
+    if left_s:
+        console.print_line(f"about {console.duration(left_s)} of training left", style="dim")
 
 
 def _perform(step: Step, job: Job, options: argparse.Namespace, gates_file: Path) -> None:

@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from sevenfold.base import console, storage
+from sevenfold.base import console
 from sevenfold.base.hardware import GPUInfo, detect_gpu_type
 from sevenfold.base.records import GATED_STAGES, Run
 from sevenfold.model.config import ModelConfig, describe_folder
 from sevenfold.train import planner
 from sevenfold.train.config import TrainConfig
 from sevenfold.workflow.recipe import Recipe
+from sevenfold.workflow.remaining import num_steps, train_config
 from sevenfold.workflow.training import decide
 
 # Where no rate has been measured, this share of an H100's dense BF16 peak is assumed; the table
@@ -31,14 +32,6 @@ class StagePlan:
     has_length: bool
 
 
-def train_config(recipe: Recipe, stage: str) -> TrainConfig:
-    """Return the training section of a stage."""
-    if stage == "pretrain":
-        return recipe.pretrain
-    config: TrainConfig = getattr(recipe, stage).train
-    return config
-
-
 def plan_stage(
     run: Run,
     recipe: Recipe,
@@ -53,7 +46,7 @@ def plan_stage(
     model = model or recipe.model
     gpu = detect_gpu_type()
     config = train_config(recipe, stage)
-    num_steps = _num_steps(run, config, stage)
+    steps = num_steps(run, config, stage)
     on_gpu = gpu["num_gpus"] > 0
     adapter = recipe.lora.adapter.num_parameters(model)
     if rate is None and (on_gpu or model.num_parameters > 1e8):
@@ -62,7 +55,7 @@ def plan_stage(
     plan = planner.plan(
         model,
         config,
-        num_steps=num_steps or 1,
+        num_steps=steps or 1,
         precision=_precision(config, gpu),
         world_size=max(1, gpu["num_gpus"]),
         loss_kernel="cce" if recipe.kernels.cce else "chunked" if on_gpu else "plain",
@@ -71,7 +64,7 @@ def plan_stage(
         rate=rate,
         price_per_gpu_hour=recipe.gpu_hour_price,
     )
-    return StagePlan(stage=stage, plan=plan, has_length=num_steps is not None)
+    return StagePlan(stage=stage, plan=plan, has_length=steps is not None)
 
 
 def _precision(config: TrainConfig, gpu: GPUInfo) -> planner.Precision:
@@ -80,21 +73,6 @@ def _precision(config: TrainConfig, gpu: GPUInfo) -> planner.Precision:
         # Without a GPU the plan is about the GPU that the recipe is meant for.
         precision = "fp8" if gpu["supports_fp8"] else "bf16"
     return "fp8_torchao" if precision == "fp8" and gpu["num_gpus"] > 1 else precision
-
-
-def _num_steps(run: Run, config: TrainConfig, stage: str) -> int | None:
-    """Return the steps of a stage, None while they depend on data that is not there yet."""
-    if config.duration.epochs is None:
-        return config.num_steps(1, 1)
-    folder = run.data("packed" if stage == "pretrain" else stage)
-    if not (folder / storage.MANIFEST).is_file():
-        return None
-    facts = storage.read_manifest(folder)
-    if stage == "pretrain":  # padding takes its time, too
-        tokens = facts["counts"]["train"]["rows"] * facts["row_length"]
-    else:
-        tokens = facts["counts"].get("tokens")
-    return None if tokens is None else config.num_steps(int(tokens), 1)
 
 
 def print_plan(planned: StagePlan) -> None:

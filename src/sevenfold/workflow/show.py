@@ -7,7 +7,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,11 @@ from rich.text import Text
 
 from sevenfold.base import console, records, storage
 from sevenfold.base.errors import BadDataError, CheckpointError
-from sevenfold.base.records import GATED_STAGES, STAGES, Run, open_run
+from sevenfold.base.records import GATED_STAGES, Run, open_run
 from sevenfold.verify import integrity, standing
 from sevenfold.verify import lineage as lineages
 from sevenfold.verify.data_card import sources as data_sources
 
-WATCH_EVERY_S = 2.0
 EXTRAS = {
     "torchao": ("fp8", "FP8 training"),
     "liger-kernel": ("kernels", "fused RoPE, norm and SwiGLU"),
@@ -100,35 +98,6 @@ def verify(options: argparse.Namespace) -> None:
     console.print_line(
         f"{run.folder}: {found.num_folders} folders, {checked} files, all as written"
     )
-
-
-def watch(options: argparse.Namespace) -> None:
-    """Show the newest metrics of the stage that is training, until interrupted."""
-    run = open_run(options.run)
-    shown: tuple[str, Any] | None = None
-    while True:
-        stage, row = _newest(run)
-        if stage is not None and (stage, row.get("step")) != shown:
-            shown = (stage, row.get("step"))
-            console.print_line(f"{stage} step {row.get('step')}  {console.describe_step(row)}")
-        if options.once:
-            if stage is None:
-                console.print_line(f"{run.folder}: nothing has trained yet")
-            return
-        try:
-            time.sleep(WATCH_EVERY_S)
-        except KeyboardInterrupt:
-            return
-
-
-def _newest(run: Run) -> tuple[str | None, Mapping[str, Any]]:
-    files = [run.stage(stage) / "metrics.jsonl" for stage in STAGES]
-    written = [path for path in files if path.is_file()]
-    if not written:
-        return None, {}
-    newest = max(written, key=lambda path: path.stat().st_mtime)
-    rows = [row for row in storage.JsonLines(newest).read() if "loss" in row]
-    return newest.parent.name, rows[-1] if rows else {}
 
 
 def doctor(options: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from sevenfold.data import clean, encoders
 from sevenfold.data.encoders import Tokeniser
 from sevenfold.data.shards import PackConfig, open_shards
 from sevenfold.data.sources import source_from_path
-from sevenfold.workflow import evaluation, planning, prepare, tokenizing
+from sevenfold.workflow import evaluation, prepare, remaining, tokenizing
 
 BEST_FIT = PackConfig(row_length=32, dtype="uint16", strategy="best_fit")
 
@@ -94,7 +94,7 @@ def test_best_fit_pads_and_training_leaves_the_padding_out(run: Run, recipe: Any
     epochs = SimpleNamespace(
         duration=SimpleNamespace(epochs=1), num_steps=lambda num_rows, row_length: num_rows
     )
-    assert planning._num_steps(run, epochs, "pretrain") == rows.size  # type: ignore[arg-type]
+    assert remaining.num_steps(run, epochs, "pretrain") == rows.size  # type: ignore[arg-type]
 
 
 def test_both_engines_make_the_same_shards(
