@@ -14,6 +14,9 @@ from typing import Any
 MAX_BUCKETS = 160
 PATH_SIZE = 1000
 NUM_LENGTH_COLOURS = 5
+# What an event's name takes of a chart as wide as a phone, and from where on it stands on the left.
+NAME_PERCENT = 16.0
+NAMED_LEFT_FROM = 90.0
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 Point = tuple[float, float]
@@ -48,11 +51,12 @@ class Band:
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """An event at a place on the x axis, in percent."""
+    """An event at a place on the x axis, in percent; ``is_named`` where its name has room."""
 
     at: float
     event: str
     step: int
+    is_named: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,11 +220,21 @@ def _step_axis(rows: Sequence[Mapping[str, Any]]) -> Axis | None:
 
 
 def _marks(rows: Sequence[Mapping[str, Any]], x_axis: Axis) -> list[Mark]:
-    return [
-        Mark(at=x_axis.at(step), event=str(row["event"]), step=int(step))
+    events = [
+        (step, str(row["event"]))
         for row in rows
         if row.get("event") and (step := finite(row.get("step"))) is not None
     ]
+    marks: list[Mark] = []
+    free_from = 0.0
+    for step, event in sorted(events):
+        at = x_axis.at(step)
+        # Of several that stand close together the first is named.
+        is_named = at - (NAME_PERCENT if at > NAMED_LEFT_FROM else 0.0) >= free_from
+        if is_named:
+            free_from = at + (0.0 if at > NAMED_LEFT_FROM else NAME_PERCENT)
+        marks.append(Mark(at=at, event=event, step=int(step), is_named=is_named))
+    return marks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -177,7 +177,7 @@ def _events(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "details": [
                 (key.replace("_", " "), _shown(value))
                 for key, value in row.items()
-                if key not in ("event", "step")
+                if key not in ("event", "step") and value not in ([], "")
             ],
         }
         for row in events[:MAX_EVENTS_SHOWN]
@@ -253,7 +253,9 @@ def _measurement(values: Mapping[str, Any] | None) -> dict[str, float | None] | 
 
 
 def _samples(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the prompts, each with the answers of the stages asked; most often asked first.
+    """Return the prompts, each with the answers of the stages asked.
+
+    Those put to most stages come first, of these the ones whose answers differ.
 
     Where some prompts were put to several stages, those put to one only stand under ``more``.
     """
@@ -268,17 +270,25 @@ def _samples(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 answers.setdefault(prompt, {})[stage["name"]] = answer
                 if isinstance(sample.get("expected"), str):
                     expected[prompt] = sample["expected"]
-    names = [s["name"] for s in stages if any(s["name"] in given for given in answers.values())]
+    # What a stage changed is worth looking at, and columns are those of stages asked the same.
+    several = [given for given in answers.values() if len(given) > 1] or list(answers.values())
+    names = [s["name"] for s in stages if any(s["name"] in given for given in several)]
+    alone = [s["name"] for s in stages if s["name"] not in names]
     rows = [
         {
             "prompt": prompt,
             "expected": expected.get(prompt, ""),
-            "answers": [(n, name, given[name]) for n, name in enumerate(names, 1) if name in given],
+            "answers": [
+                (n, name, given[name])
+                for n, name in enumerate([*names, *alone], 1)
+                if name in given
+            ],
         }
-        for prompt, given in sorted(answers.items(), key=lambda item: -len(item[1]))
+        for prompt, given in sorted(
+            answers.items(), key=lambda item: (-len(item[1]), -len(set(item[1].values())))
+        )
     ]
-    several = sum(len(row["answers"]) > 1 for row in rows)
-    shown = min(several or len(rows), MAX_SAMPLES_OPEN)
+    shown = min(len(several), MAX_SAMPLES_OPEN)
     return {"stages": names, "rows": rows[:shown], "more": rows[shown:]}
 
 

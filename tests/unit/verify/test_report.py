@@ -364,13 +364,43 @@ def test_a_forced_start_is_shown_with_its_reason_and_its_heirs(page):
 
 def test_samples_stand_side_by_side_for_the_same_prompt(example):
     rows = report.describe(example)["samples"]["rows"]
-    assert [row["prompt"] for row in rows] == list(PROMPTS)
-    assert rows[1]["answers"] == [
+    # What the stages answered differently comes first.
+    names = list(PROMPTS)
+    assert [row["prompt"] for row in rows] == [names[1], names[0], *names[2:]]
+    assert rows[0]["answers"] == [
         (1, "pretrain", "With care."),
         (2, "sft", "Take the torch and burn it."),
         (3, "dpo", "Sorry, no."),
         (4, "lora", "Sorry, no."),
     ]
+
+
+def test_a_stage_that_was_asked_nothing_that_others_were_has_no_column(tmp_path):
+    run = start_run(tmp_path / "run")
+    for stage, prompt in (("pretrain", "Once"), ("sft", "both"), ("dpo", "both")):
+        samples = {"samples": [{"prompt": prompt, "answer": stage}]}
+        storage.write_json(run.stage(stage) / "evaluation.json", samples)
+    described = report.describe(run)["samples"]
+    assert described["stages"] == ["sft", "dpo"]
+    assert described["rows"][0]["answers"] == [(1, "sft", "sft"), (2, "dpo", "dpo")]
+    assert [row["prompt"] for row in described["more"]] == ["Once"]
+
+
+def test_of_events_close_together_one_is_named():
+    rows = [{"step": step, "loss": 1.0} for step in range(1, 101)]
+    rows += [{"step": step, "event": "skip"} for step in (20, 21, 60, 88, 99)]
+    drawn = next(charts.draw(quantity, rows) for quantity in charts.QUANTITIES)
+    named = [mark.step for mark in drawn.marks if mark.is_named]
+    assert named == [20, 60, 88]  # the name of 99 would stand on that of 88
+
+
+def test_a_detail_without_a_value_is_left_out(tmp_path):
+    run = start_run(tmp_path / "run")
+    lines = storage.JsonLines(run.stage("sft") / "metrics.jsonl")
+    lines.append({"step": 1, "loss": 1.0})
+    lines.append({"step": 2, "event": "skip", "tensors": [], "rows": [3]})
+    [stage] = [s for s in report.describe(run)["stages"] if s["name"] == "sft"]
+    assert stage["events"]["shown"][0]["details"] == [("rows", "3")]
 
 
 def test_a_fold_opens_where_no_prompt_was_put_to_two_stages(tmp_path):
