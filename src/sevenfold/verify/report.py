@@ -17,7 +17,15 @@ import yaml
 
 from sevenfold.base import storage
 from sevenfold.base.records import GATED_STAGES, STAGES, Run
-from sevenfold.verify import charts, data_card, judge, lineage, report_text, standing
+from sevenfold.verify import (
+    charts,
+    data_card,
+    judge,
+    lineage,
+    lineage_graph,
+    report_text,
+    standing,
+)
 from sevenfold.verify.model_card import num_parameters
 
 MAX_EVENTS_SHOWN = 12
@@ -84,6 +92,7 @@ def _template() -> jinja2.Template:
 def describe(run: Run) -> dict[str, Any]:
     """Return what the page says about ``run``, as the template's variables."""
     stages = [_stage(run, name) for name in STAGES]
+    artifacts = lineage.trace(run)
     judged = [stage for stage in stages if stage["name"] in GATED_STAGES]
     return {
         "name": run.folder.resolve().name,
@@ -102,7 +111,8 @@ def describe(run: Run) -> dict[str, Any]:
         "data": data_card.prepared(run),
         "by_source": data_card.by_source(run),
         "searches": data_card.searches(run),
-        "artifacts": lineage.trace(run),
+        "artifacts": artifacts,
+        "graph": lineage_graph.draw(artifacts),
         "fingerprint": str(run.facts.get("fingerprint", "")),
         "code": str(run.facts.get("code", "unknown")),
         "versions": dict(run.facts.get("versions") or {}),

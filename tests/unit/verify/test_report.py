@@ -12,7 +12,7 @@ import yaml
 from sevenfold.base import records, storage
 from sevenfold.base.config import fingerprint
 from sevenfold.base.errors import BadDataError
-from sevenfold.verify import charts, intervals, lineage, report, report_text
+from sevenfold.verify import charts, intervals, lineage, lineage_graph, report, report_text
 
 STEPS = {"pretrain": 2400, "sft": 1000, "dpo": 250, "lora": 460}
 START = {"pretrain": (6.9, 0.87), "sft": (2.4, 0.42), "dpo": (0.69, 0.21), "lora": (3.1, 0.35)}
@@ -613,6 +613,32 @@ def test_a_broken_file_is_named(tmp_path):
     storage.write_text(run.stage("dpo") / "evaluation.json", "{")
     with pytest.raises(BadDataError, match=r"dpo/evaluation\.json: not valid JSON"):
         report.write_report(run)
+
+
+def test_the_graph_has_an_arc_for_every_input_that_the_run_holds(tmp_path):
+    def parent(name, state="here"):
+        return lineage.Parent(name=name, label=name, fingerprint="f", state=state)
+
+    def made(name, *parents):
+        return lineage.Artifact(name=name, label=name, fingerprint="f", parents=parents)
+
+    drawn = lineage_graph.draw(
+        [
+            made("raw"),
+            made("clean", parent("raw"), parent("items", "outside")),
+            made("sft model", parent("clean", "changed"), parent("raw")),
+        ]
+    )
+    assert [node.y for node in drawn.nodes] == [14, 42, 70]
+    assert [node.is_model for node in drawn.nodes] == [False, False, True]
+    assert [(edge.title, edge.state) for edge in drawn.edges] == [
+        ("raw went into clean", "here"),
+        ("clean went into sft model", "changed"),
+        ("raw went into sft model", "here"),
+    ]
+    assert drawn.edges[0].path == "M84 14C65.0 14 65.0 42 84 42"
+    assert drawn.edges[2].path == "M84 14C56.0 14 56.0 70 84 70"  # further apart, further out
+    assert lineage_graph.draw([]).height == 0
 
 
 def test_lineage_matches_inputs_by_fingerprint(tmp_path):
