@@ -52,6 +52,15 @@ def cast(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(scaled.isinf(), scaled * 0, saturated).to(dtype)
 
 
+def written(values: Tensor) -> Tensor:
+    """Return ``values`` in a form that torch.compile writes to memory once for all products.
+
+    It would compute what is cheap anew for each of its users, each time into memory of its own;
+    but to view memory in a given layout it needs that memory.
+    """
+    return values.as_strided(values.shape, values.stride())
+
+
 def multiply(
     left: Tensor,
     right_transposed: Tensor,
@@ -127,7 +136,7 @@ class _Product(torch.autograd.Function):
         dtype: torch.dtype,
         emulate: bool,
     ) -> Tensor:
-        input8_ni = cast(input_ni, input_scale, E4M3)
+        input8_ni = written(cast(input_ni, input_scale, E4M3))
         ctx.save_for_backward(
             input8_ni,
             weight8_oi,
@@ -168,7 +177,7 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             gradients[1] = multiply(
                 transposed(gradient8_no),
-                transposed(input8_ni),
+                written(transposed(input8_ni)),
                 (gradient_inverse, input_inverse),
                 weight_dtype,
                 emulate=ctx.emulate,
