@@ -174,6 +174,11 @@ class Scalings(nn.Module):
         self._has_history = self._has_history or bool(self.history[:, :-ROUNDS].any())
         return self._has_history
 
+    def forget(self) -> None:
+        """Have no history."""
+        self.history.zero_()
+        self._has_history = False
+
     def begin(self) -> None:
         """Forget the magnitudes noted since the last :meth:`end`: their step was given up."""
         torch._foreach_zero_([scaling.amax for scaling in self._scalings])
@@ -248,7 +253,7 @@ def end_step(model: nn.Module) -> None:
 def forget_history(model: nn.Module) -> None:
     """Start again without scales."""
     if scalings := _scalings_of(model):
-        scalings.history.zero_()
+        scalings.forget()
 
 
 def has_history(model: nn.Module) -> bool:

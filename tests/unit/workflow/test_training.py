@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.unit.train.test_loop import CONFIG
 
 from sevenfold.base import storage
 from sevenfold.base.errors import BadDataError, UsageError
+from sevenfold.base.hardware import GPUInfo, detect_gpu_type
 from sevenfold.base.records import Run, Source
-from sevenfold.workflow import contamination, prepare, prepared, training
+from sevenfold.model import float8
+from sevenfold.workflow import contamination, planning, prepare, prepared, training
 
 RECIPE: Any = types.SimpleNamespace()
 
@@ -101,3 +105,35 @@ def test_force_is_refused_where_it_has_no_effect(run: Run, tmp_path: Path, resum
     else:
         with pytest.raises(UsageError, match="no effect"):
             training.open_source(run, "init", options)
+
+
+@pytest.mark.parametrize(
+    ("asked", "num_gpus", "decided"),
+    [
+        ("auto", 1, "fp8"),
+        ("fp8", 1, "fp8"),
+        ("auto", 4, "fp8_torchao"),
+        ("fp8", 4, "fp8_torchao"),
+        ("fp8_torchao", 1, "fp8_torchao"),
+        ("bf16", 4, "bf16"),
+    ],
+)
+def test_several_gpus_train_fp8_by_the_recipe_that_can_be_sharded(
+    asked: Any,
+    num_gpus: int,
+    decided: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What is decided goes into the stage's settings and its record; plans agree with it."""
+    gpu = GPUInfo(
+        **{**detect_gpu_type(), "name": "H100", "num_gpus": num_gpus, "supports_fp8": True}  # type: ignore[typeddict-item]
+    )
+    monkeypatch.setattr(training, "detect_gpu_type", lambda: gpu)
+    required: list[bool] = []
+    monkeypatch.setattr(float8, "require_float8", lambda *, torchao: required.append(torchao))
+    config = dataclasses.replace(CONFIG, precision=asked)
+    assert training.decide(config).precision == decided
+    assert planning._precision(config, gpu) == decided
+    assert required == ([decided == "fp8_torchao"] if "fp8" in decided else [])
+    assert ("torchao's recipe" in caplog.text) is (num_gpus > 1 and "fp8" in decided)
