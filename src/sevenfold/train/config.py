@@ -79,11 +79,13 @@ class TrainConfig:
     ``tokens_per_batch`` counts a whole step over all processes, ``micro_batch`` rows of the
     longest context in one forward. ``precision`` is what matrix products compute in
     (``fp8_torchao``: FP8 by torchao's recipe, not ours), ``weights`` what parameters are kept in.
-    ``mask_documents`` keeps packed documents from seeing each other (always so in SFT and DPO).
-    ``keep_best`` keeps the checkpoint with the lowest held-out loss beside the newest. A step
-    beyond ``spike_sigma`` standard deviations (None: never) or not finite is skipped; after more
-    than ``max_skipped_steps`` in a row training goes back to the last checkpoint and passes over
-    the data since, ``max_rollbacks`` times.
+    ``recompute`` computes activations again in the backward pass: all of a layer's, or those that
+    are ``cheap``, norms and products of elements. ``mask_documents`` keeps packed documents from
+    seeing each other (always so in SFT and DPO). ``keep_best`` keeps the checkpoint with the
+    lowest held-out loss beside the newest. A step beyond ``spike_sigma`` standard deviations
+    (None: never) or not finite is skipped; after more than ``max_skipped_steps`` in a row
+    training goes back to the last checkpoint and passes over the data since, ``max_rollbacks``
+    times.
     """
 
     duration: Duration
@@ -96,7 +98,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp8", "fp8_torchao"]
     weights: Literal["fp32", "bf16"]
     compile: Literal["auto", "none", "default", "max-autotune"]
-    recompute: bool
+    recompute: bool | Literal["cheap"]
     deterministic: bool
     validate_every: Count
     validation_batches: Count

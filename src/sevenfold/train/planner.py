@@ -267,7 +267,7 @@ class _Settings:
     def _activation_bytes_per_token(self) -> float:
         """Bytes that one token leaves for the backward pass, in all layers."""
         model, layer = self.model, self._layer_bytes_per_token()
-        if self.train.recompute:
+        if self.train.recompute is True:
             # Every layer keeps its input; one layer at a time is computed again.
             return model.num_layers * model.hidden_size * self.compute_bytes + layer
         return model.num_layers * layer
@@ -278,7 +278,7 @@ class _Settings:
         Residual stream twice (before attention and before the MLP), both normed inputs, queries,
         keys, values, attention's output, gate, up and their product. In FP8 the normed inputs are
         kept in 8 bits (ours: one input of four, the others are cast again) and the product is
-        computed again.
+        computed again. Cheap recomputation keeps neither normed inputs nor the product.
         """
         model, compute = self.model, self.compute_bytes
         h, f = model.hidden_size, model.intermediate_size
@@ -287,6 +287,8 @@ class _Settings:
         if self.precision.startswith("fp8"):
             inputs = h if self.precision == "fp8" else 2 * h
             kept = compute * 2 * h + inputs + compute * 2 * f
+        elif self.train.recompute == "cheap":
+            kept = compute * (2 * h + 2 * f)
         else:
             kept = compute * (4 * h + 3 * f)
         if self.train.weights == "fp32" and self.precision != "fp32" and self.world_size == 1:

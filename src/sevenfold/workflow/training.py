@@ -68,7 +68,8 @@ def decide(config: TrainConfig) -> TrainConfig:
     """Replace ``auto`` by what this machine's GPU is best at.
 
     Errors:
-        UsageError: FP8 is asked for, or decided, and cannot be had here; the reason is named.
+        UsageError: FP8 is asked for, or decided, and cannot be had here; the reason is named; or
+            ``recompute`` asks for what only compiled layers do.
     """
     gpu = detect_gpu_type()
     precision, compile_mode = config.precision, config.compile
@@ -81,6 +82,11 @@ def decide(config: TrainConfig) -> TrainConfig:
         log.warning("fp8: several GPUs train with torchao's recipe (precision fp8_torchao)")
     if precision in ("fp8", "fp8_torchao"):
         float8.require_float8(torchao=precision == "fp8_torchao")
+    if config.recompute == "cheap" and compile_mode == "none":
+        raise UsageError(
+            "recompute: cheap is torch.compile's choice of what to compute again, and compile is "
+            "none here; set recompute to false or true, or compile to default"
+        )
     return dataclasses.replace(config, precision=precision, compile=compile_mode)
 
 

@@ -343,13 +343,23 @@ def test_transposed_rows_are_whole_blocks(rows: int) -> None:
     assert not bool(found[:, rows:].float().any())
 
 
-def test_frozen_weights_get_no_gradient() -> None:
+def test_frozen_weights_cost_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under an adapter: three layers, forward and to their inputs."""
     model, values = converted(), torch.randn(8, 32)
     model.requires_grad_(False)
+    products: list[torch.dtype] = []
+    real = float8_linear.multiply
+
+    def counting(left: Tensor, *args: Any, **settings: Any) -> Tensor:
+        products.append(left.dtype)
+        return real(left, *args, **settings)
+
+    monkeypatch.setattr(float8_linear, "multiply", counting)
     inputs = values.clone().requires_grad_()
     model(inputs).sum().backward()
     assert inputs.grad is not None
     assert not gradients(model)
+    assert products == [E4M3] * 3 + [E5M2] * 3
 
 
 # The compiler looks at the .grad of tensors that have none.

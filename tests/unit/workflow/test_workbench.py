@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from typing import Any
 
 import pytest
 import torch
+from torch._functorch import config as functorch
 
+from sevenfold.base.errors import UsageError
 from sevenfold.train import parallel
 from sevenfold.workflow import recipe as recipes
-from sevenfold.workflow import workbench
+from sevenfold.workflow import training, workbench
 
 
 class Layer:
@@ -42,3 +45,61 @@ def test_a_stage_compiles_afresh(
     _, recipe = recipes.resolve(overrides=[f"pretrain.compile={mode}"])
     workbench.place(scorer, recipe.pretrain, parallel.join())
     assert notes == expected
+
+
+class Gated(torch.nn.Module):
+    """A norm and an MLP: what lies between matrix products is cheap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.RMSNorm(16)
+        self.gate, self.up = torch.nn.Linear(16, 64), torch.nn.Linear(16, 64)
+        self.down = torch.nn.Linear(64, 16)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        normed = self.norm(values)
+        product = torch.nn.functional.silu(self.gate(normed)) * self.up(normed)
+        found: torch.Tensor = values + self.down(product)
+        return found
+
+
+def test_cheap_recomputation_keeps_products_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    monkeypatch.setattr(functorch, "activation_memory_budget", 1.0)
+    _, recipe = recipes.resolve(overrides=["pretrain.compile=default"])
+    values = torch.randn(40, 16)
+    kept, gradients = {}, {}
+    for recompute in ("cheap", False):
+        config = dataclasses.replace(recipe.pretrain, recompute=recompute)
+        nothing = types.SimpleNamespace(layers=[])
+        model = types.SimpleNamespace(get_decoder=lambda found=nothing: found)
+        scorer: Any = types.SimpleNamespace(causal_model=model)
+        workbench.place(scorer, config, parallel.join())
+        graphs: list[torch.fx.GraphModule] = []
+
+        def note(graph: torch.fx.GraphModule, _: Any, found: Any = graphs) -> Any:
+            found.append(graph)
+            return make_boxed_func(graph.forward)
+
+        backend = aot_autograd(fw_compiler=note, partition_fn=min_cut_rematerialization_partition)
+        torch.manual_seed(0)
+        layer = Gated()
+        torch.compile(layer, backend=backend)(values).square().sum().backward()
+        outputs: Any = graphs[0].graph.output_node().args[0]
+        sizes = [node.meta["val"].numel() for node in outputs if node.op == "call_function"]
+        kept[recompute] = sum(sizes) - values.numel()
+        gradients[recompute] = [p.grad for p in layer.parameters()]
+    # Gate, up and one number a row of the norm; else the normed input and the product, too.
+    assert kept == {"cheap": 40 * (64 + 64 + 1), False: 40 * (64 + 64 + 1 + 16 + 64)}
+    for one, other in zip(gradients["cheap"], gradients[False], strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_cheap_recomputation_without_compiling_is_refused() -> None:
+    _, recipe = recipes.resolve(
+        overrides=["pretrain.recompute=cheap", "pretrain.compile=none", "pretrain.precision=bf16"]
+    )
+    with pytest.raises(UsageError, match="cheap is torch.compile's.*set recompute to false or"):
+        training.decide(recipe.pretrain)
