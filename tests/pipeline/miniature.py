@@ -79,7 +79,8 @@ def recipe() -> dict[str, Any]:
     """Return the recipe as plain values; JSON is YAML too."""
     rows = {"sources": [], "max_length": 128, "validation_fraction": 0.05}
     whole = [(128, 1.0)]
-    adapter = {"r": 4, "alpha": 8.0, "dropout": 0.1, "targets": "all-linear"}
+    shape = {"r": 4, "alpha": 8.0, "dropout": 0.1, "targets": "all-linear"}
+    adapter = {"base": "full", "adapter": shape}
     tasks = [
         {"name": "validation", "kind": "text"},
         {"name": "village_statements", "kind": "choice"},
@@ -124,7 +125,7 @@ def recipe() -> dict[str, Any]:
             "share_prompts": True,
             "train": training(9, 1e-3, whole),
         },
-        "lora": {"data": rows, "adapter": adapter, "train": training(10, 4e-3, whole)},
+        "lora": {**adapter, "data": rows, "train": training(10, 4e-3, whole)},
         "evaluate": {
             "tasks": tasks,
             "confidence": 0.95,

@@ -15,8 +15,8 @@ measured on one H100 with the 7B at 2048 tokens, 8-bit AdamW and CCE:
     ===================================  ========  =========  ======
 
 One constant (``OVERHEAD_GIB``) was fitted to these six; the rest is counted. Nothing else has been
-compared with a measurement yet: recomputation, fp32 weights, sharding over several GPUs, LoRA, and
-uncompiled layers follow from the same counting and may be further off.
+compared with a measurement yet: recomputation, fp32 weights, sharding over several GPUs, LoRA,
+four-bit bases and uncompiled layers follow from the same counting and may be further off.
 
 Letters in the formulas: h hidden size, f intermediate size, q and k width of all query and all
 key-value heads, n tokens in a micro-batch, v vocabulary.
@@ -38,6 +38,8 @@ GIB = 2**30
 BYTES = {"fp32": 4, "bf16": 2, "fp8": 2, "fp8_torchao": 2}
 # Two moments of fp32; two of 8 bits with an fp32 scale for every 256 values.
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256}
+# NF4: half a byte, a scale of one byte for 64 weights and one of four bytes for 256 of those.
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 # The 8-bit optimizer's step works in fp32, tensor by tensor: two copies of the largest.
 OPTIMIZER_STEP_BYTES = {"adamw": 0.0, "adamw_8bit": 8.0}
 # Workspaces of the matrix libraries and rounding of the allocator, from the measured peaks.
@@ -115,6 +117,7 @@ def plan(
     loss_kernel: LossKernel = "chunked",
     compiled: bool = True,
     num_trainable_parameters: int | None = None,
+    four_bits: bool = False,
     rate: Rate | None = None,
     price_per_gpu_hour: float | None = None,
 ) -> Plan:
@@ -123,12 +126,12 @@ def plan(
     Args:
         model: what is trained.
         train: the stage's settings.
-        num_steps: optimizer steps of the stage.
+        num_steps: optimizer steps.
         precision: what ``train.precision`` came to on the hardware meant.
         world_size: GPUs that the weights are sharded over.
         loss_kernel: how the head's loss is computed, as in objective.linear_cross_entropy.
         compiled: whether layers are compiled; uncompiled ones keep more.
-        num_trainable_parameters: None for all; with LoRA the adapter's alone.
+        num_trainable_parameters: None for all; with LoRA the adapter's, over ``four_bits`` or not.
         rate: how fast a GPU is; without it there is no time and no cost.
         price_per_gpu_hour: in any currency.
     """
@@ -140,9 +143,9 @@ def plan(
         loss_kernel=loss_kernel,
         compiled=compiled,
         num_trainable=num_trainable_parameters,
+        four_bits=four_bits,
     )
-    lengths = sorted({phase.length for phase in train.contexts})
-    memory = tuple(settings.memory(length) for length in lengths)
+    memory = tuple(map(settings.memory, sorted({phase.length for phase in train.contexts})))
     tokens = num_steps * train.tokens_per_batch
     flops = _total_flops(model, train, tokens)
     tokens_per_s, source = _tokens_per_s(rate, flops / tokens)
@@ -196,6 +199,7 @@ class _Settings:
     loss_kernel: LossKernel
     compiled: bool
     num_trainable: int | None
+    four_bits: bool
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -218,7 +222,9 @@ class _Settings:
         gradient_bytes = weight_bytes if trainable is None else 4
         # Rows of a shorter context are so many more that a forward holds as many tokens.
         tokens = max(1, self.train.micro_batch * self.train.longest_context // seq_len) * seq_len
-        weights = (model.num_parameters * weight_bytes + adapter_bytes) / self.world_size
+        in_layers = model.num_layers * model.num_layer_matmul_parameters
+        saved = in_layers * (weight_bytes - NF4_BYTES) if self.four_bits else 0.0
+        weights = (model.num_parameters * weight_bytes - saved + adapter_bytes) / self.world_size
         gradients = trained * gradient_bytes / self.world_size
         states = trained * OPTIMIZER_BYTES[self.train.optimizer.kind] / self.world_size
         gathered = self._gathered_bytes()
@@ -255,6 +261,9 @@ class _Settings:
             # Every layer's weights are kept in 8 bits; the head's are cast where they are fp32.
             head = model.vocab_size * model.hidden_size if self.train.weights == "fp32" else 0
             return float(model.num_layers * model.num_layer_matmul_parameters + 2 * head)
+        if self.four_bits:
+            # One matrix at a time is made anew from its four bits.
+            return float(model.hidden_size * model.intermediate_size * compute)
         if self.world_size == 1:
             # Autocast keeps a bf16 copy of every fp32 weight from forward to backward.
             casts = self.train.weights == "fp32" and self.precision != "fp32"
@@ -314,33 +323,6 @@ class _Settings:
             self.compute_bytes + 8 if self.loss_kernel == "plain" else self.compute_bytes + 4
         )
         return float(hidden + positions * self.model.vocab_size * per_logit)
-
-
-def describe(plan: Plan) -> list[tuple[str, str]]:
-    """Return the plan as rows of a table: what, and how much."""
-    worst = max(plan.memory, key=lambda part: part.peak_gib)
-    rows = [
-        ("parameters", f"{plan.num_parameters / 1e6:,.2f} M"),
-        ("tokens", f"{plan.tokens:,} in {plan.num_steps:,} steps"),
-        ("micro-batches a step", f"{plan.micro_batches_per_step} on each of {plan.world_size}"),
-        ("compute", f"{plan.flops:.3g} FLOP"),
-        ("memory: weights", f"{worst.weights_gib:.2f} GiB"),
-        ("memory: gradients", f"{worst.gradients_gib:.2f} GiB"),
-        ("memory: optimizer", f"{worst.optimizer_gib:.2f} GiB"),
-        ("memory: gathered or cast weights", f"{worst.gathered_gib:.2f} GiB"),
-    ]
-    for part in plan.memory:
-        rows.append((f"memory: activations at {part.seq_len}", f"{part.activations_gib:.2f} GiB"))
-        rows.append((f"memory: loss at {part.seq_len}", f"{part.loss_gib:.2f} GiB"))
-        rows.append((f"memory: peak at {part.seq_len}", f"{part.peak_gib:.2f} GiB"))
-    if plan.tokens_per_s_per_gpu is not None:
-        rate = f"{plan.tokens_per_s_per_gpu:,.0f} tokens/s per GPU ({plan.rate_source})"
-        rows.append(("rate", rate))
-    if plan.elapsed_s is not None:
-        rows.append(("time", f"{plan.elapsed_s / 3600:,.1f} h, {plan.gpu_hours:,.1f} GPU-hours"))
-    if plan.cost is not None:
-        rows.append(("cost", f"{plan.cost:,.2f}"))
-    return rows
 
 
 def require_room(plan: Plan, gpu: GPUInfo, *, memory_gib: float | None = None) -> None:

@@ -122,9 +122,12 @@ def trained_state(bench: Workbench) -> dict[str, Tensor]:
 
 
 def trained_names(scorer: nn.Module) -> set[str]:
-    """Names of the tensors that a checkpoint holds: everything that is not frozen."""
-    frozen = {name for name, p in scorer.named_parameters() if not p.requires_grad}
-    return set(scorer.state_dict()) - frozen
+    """Names of the tensors that a checkpoint holds: everything that is not frozen.
+
+    What belongs to a frozen weight, such as the scales of one in four bits, is named below it.
+    """
+    frozen = tuple(f"{name}." for name, p in scorer.named_parameters() if not p.requires_grad)
+    return {name for name in scorer.state_dict() if not f"{name}.".startswith(frozen)}
 
 
 def _require_same_tensors(bench: Workbench, snapshot: checkpoint.Snapshot) -> None:

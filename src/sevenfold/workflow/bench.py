@@ -208,6 +208,7 @@ def _planned_gib(asked: Bench, tried: trial.Trial, length: int) -> float:
         loss_kernel=tried.scorer.kernel,  # type: ignore[arg-type]
         compiled=config.compile != "none",
         num_trainable_parameters=adapter if asked.stage == "lora" else None,
+        four_bits=asked.stage == "lora" and asked.recipe.lora.base == "nf4",
     )
     return next(part.peak_gib for part in plan.memory if part.seq_len == length)
 
@@ -229,6 +230,7 @@ def _facts(asked: Bench, tried: trial.Trial, length: int) -> dict[str, Any]:
         "deterministic": config.deterministic,
         "mask_documents": config.mask_documents,
         "optimizer": config.optimizer.kind,
+        **({"base": asked.recipe.lora.base} if asked.stage == "lora" else {}),
         "loss_kernel": tried.scorer.kernel,
         "liger": asked.recipe.kernels.liger,
         "processes": tried.processes.world,

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+
 import torch
 
 from sevenfold.base import records, storage
 from sevenfold.base.errors import CheckpointError
-from sevenfold.model import llama
+from sevenfold.model import attention, llama
 from sevenfold.model import lora as adapters
-from sevenfold.objective.next_token import NEXT_TOKEN
-from sevenfold.train import resuming
+from sevenfold.objective.next_token import NEXT_TOKEN, Scorer
+from sevenfold.train import loop, resuming
 from sevenfold.workflow import training, workbench
 from sevenfold.workflow.recipe import Recipe
 from sevenfold.workflow.sft import conversation_rows
+
+log = logging.getLogger(__name__)
 
 
 def lora(run: records.Run, recipe: Recipe, options: training.StageOptions) -> None:
@@ -40,7 +45,8 @@ def lora(run: records.Run, recipe: Recipe, options: training.StageOptions) -> No
     trained = resuming.trained_state(bench)
     if job.processes.is_main:
         _export(job, trained)
-        training.close(job, bench, last, row_fill=rows.fill)
+        facts = _four_bits(job, bench) if recipe.lora.base == "nf4" else {}
+        training.close(job, bench, last, row_fill=rows.fill, **facts)
     job.processes.wait()
 
 
@@ -67,6 +73,21 @@ def _export(job: training.Job, trained: dict[str, torch.Tensor]) -> None:
     )
     merged = adapters.merge_adapter(whole)
     llama.save_model(merged, job.source.folder, job.run.model("lora"), training.model_dtype(job))
+
+
+def _four_bits(job: training.Job, bench: loop.Workbench) -> dict[str, dict[str, float]]:
+    """Return what the four bits cost: held-out losses on the base trained on, and once merged."""
+    trained_on = loop.validation_loss(bench)
+    model = llama.load_model(
+        job.run.model("lora"),
+        workbench.DTYPES[job.config.weights],
+        job.processes.device,
+        attn_implementation=attention.IMPLEMENTATION,
+    )
+    merged = dataclasses.replace(bench, scorer=Scorer(model, kernel=bench.scorer.kernel))
+    losses = {"validation_loss": trained_on, "merged": loop.validation_loss(merged)}
+    log.info("nf4: held-out loss %(validation_loss).4f, merged %(merged).4f", losses)
+    return {"four_bits": losses}
 
 
 def _require_same_base(job: training.Job) -> None:

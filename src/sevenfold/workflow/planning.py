@@ -61,6 +61,7 @@ def plan_stage(
         loss_kernel="cce" if recipe.kernels.cce else "chunked" if on_gpu else "plain",
         compiled=config.compile != "none",
         num_trainable_parameters=adapter if stage == "lora" else None,
+        four_bits=stage == "lora" and recipe.lora.base == "nf4",
         rate=rate,
         price_per_gpu_hour=recipe.gpu_hour_price,
     )
@@ -77,11 +78,38 @@ def _precision(config: TrainConfig, gpu: GPUInfo) -> planner.Precision:
 
 def print_plan(planned: StagePlan) -> None:
     """Print one stage's plan as a table."""
-    rows = planner.describe(planned.plan)
+    rows = describe(planned.plan)
     if not planned.has_length:
         rows = [row for row in rows if row[0] not in UNKNOWN_LENGTH]
         rows.insert(1, ("tokens", "known once the data has been prepared"))
     console.print_table(f"plan of {planned.stage}", ["what", "needs"], rows)
+
+
+def describe(plan: planner.Plan) -> list[tuple[str, str]]:
+    """Return the plan as rows of a table: what, and how much."""
+    worst = max(plan.memory, key=lambda part: part.peak_gib)
+    rows = [
+        ("parameters", f"{plan.num_parameters / 1e6:,.2f} M"),
+        ("tokens", f"{plan.tokens:,} in {plan.num_steps:,} steps"),
+        ("micro-batches a step", f"{plan.micro_batches_per_step} on each of {plan.world_size}"),
+        ("compute", f"{plan.flops:.3g} FLOP"),
+        ("memory: weights", f"{worst.weights_gib:.2f} GiB"),
+        ("memory: gradients", f"{worst.gradients_gib:.2f} GiB"),
+        ("memory: optimizer", f"{worst.optimizer_gib:.2f} GiB"),
+        ("memory: gathered or cast weights", f"{worst.gathered_gib:.2f} GiB"),
+    ]
+    for part in plan.memory:
+        rows.append((f"memory: activations at {part.seq_len}", f"{part.activations_gib:.2f} GiB"))
+        rows.append((f"memory: loss at {part.seq_len}", f"{part.loss_gib:.2f} GiB"))
+        rows.append((f"memory: peak at {part.seq_len}", f"{part.peak_gib:.2f} GiB"))
+    if plan.tokens_per_s_per_gpu is not None:
+        rate = f"{plan.tokens_per_s_per_gpu:,.0f} tokens/s per GPU ({plan.rate_source})"
+        rows.append(("rate", rate))
+    if plan.elapsed_s is not None:
+        rows.append(("time", f"{plan.elapsed_s / 3600:,.1f} h, {plan.gpu_hours:,.1f} GPU-hours"))
+    if plan.cost is not None:
+        rows.append(("cost", f"{plan.cost:,.2f}"))
+    return rows
 
 
 def plan_all(run: Run, recipe: Recipe) -> None:

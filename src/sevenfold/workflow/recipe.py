@@ -122,11 +122,24 @@ class DPOConfig:
 
 @configuration
 class LoRAConfig:
-    """An adapter: its rows, its shape and its training."""
+    """An adapter: its rows, its shape and its training.
+
+    ``base`` is how the frozen weights are kept meanwhile: ``full``, or ``nf4`` in four bits, for
+    small GPUs. Merged is always into the weights as they were.
+    """
 
     data: ChatDataConfig
+    base: Literal["full", "nf4"]
     adapter: LoRAAdapterConfig
     train: TrainConfig
+
+    def __post_init__(self) -> None:
+        """Refuse four bits where another type of weights would be computed in."""
+        if self.base == "nf4" and self.train.precision not in ("bf16", "fp32"):
+            raise ValueError(
+                f"base nf4 computes in bf16 or fp32, not in precision {self.train.precision}; set "
+                "train.precision to bf16, or base to full"
+            )
 
 
 @configuration

@@ -116,6 +116,8 @@ def _random_scorer(
         processes.device,
         attn_implementation=attention.IMPLEMENTATION,
     )
+    if stage == "lora" and recipe.lora.base == "nf4":
+        workbench.freeze(model, config, processes)
     scorer = workbench.make_scorer(model.train(), config, kernel)
     if stage == "lora":
         scorer.model = adapters.add_adapter(scorer.model, recipe.lora.adapter)

@@ -18,7 +18,7 @@ from sevenfold.base.hardware import (
     setup_torch_backends,
 )
 from sevenfold.data.batches import Batch, Batches, RowSource
-from sevenfold.model import attention, float8, kernels, llama
+from sevenfold.model import attention, float8, four_bits, kernels, llama
 from sevenfold.model.config import KernelConfig, from_hf
 from sevenfold.objective.agreement import require_agreement
 from sevenfold.objective.next_token import Objective, Scorer
@@ -60,10 +60,11 @@ def load_scorer(job: Job) -> Scorer:
     reset_peak_memory()
     kernel = set_backends(config, job.recipe.kernels)
     torch.manual_seed(job.recipe.seed)
+    is_small = job.stage == "lora" and job.recipe.lora.base == "nf4"
     model = llama.load_model(
         job.source.folder,
         DTYPES[config.weights],
-        job.processes.device,
+        "cpu" if is_small else job.processes.device,
         attn_implementation=attention.IMPLEMENTATION,
     )
     kind = model.config.model_type
@@ -74,7 +75,24 @@ def load_scorer(job: Job) -> Scorer:
         )
     if job.source.external:
         require_agreement(Scorer(model, kernel="plain"))
+    if is_small:
+        freeze(model, config, job.processes)
     return make_scorer(model, config, kernel)
+
+
+def freeze(model: Any, config: TrainConfig, processes: parallel.Processes) -> float:
+    """Put a base into four bits on this process's device; return how far its weights are off.
+
+    Errors:
+        UsageError: there are several processes, or bitsandbytes is missing.
+    """
+    if processes.world > 1:
+        raise UsageError(
+            f"lora.base nf4 trains on one GPU, and {processes.world} processes are here; set "
+            "lora.base=full, or show one GPU with CUDA_VISIBLE_DEVICES=0"
+        )
+    compute = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    return four_bits.freeze_in_four_bits(model, processes.device, compute)
 
 
 def make_scorer(model: Any, config: TrainConfig, kernel: str) -> Scorer:

@@ -18,7 +18,8 @@ from sevenfold.train.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from sevenfold.train.planner import Plan, Rate, describe, plan, require_room
+from sevenfold.train.planner import Plan, Rate, plan, require_room
+from sevenfold.workflow.planning import describe
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 BIG = read_model_file(CONFIGS / "model_7b.py")
@@ -222,3 +223,14 @@ def test_a_gpu_that_is_too_small_is_refused_with_the_numbers() -> None:
 def test_fewer_key_value_heads_need_less() -> None:
     one = dataclasses.replace(BIG, num_kv_heads=1)
     assert big_plan(model=one).peak_gib < big_plan().peak_gib
+
+
+def test_a_base_in_four_bits_takes_a_quarter_of_its_bf16_weights() -> None:
+    whole, small = (
+        big_plan(num_trainable_parameters=40_000_000, four_bits=four).memory[-1]
+        for four in (False, True)
+    )
+    in_layers = BIG.num_layers * BIG.num_layer_matmul_parameters
+    saved = in_layers * (2 - 0.516) / 2**30
+    assert whole.weights_gib - small.weights_gib == pytest.approx(saved, rel=1e-3)
+    assert small.peak_gib < whole.peak_gib - 0.9 * saved

@@ -103,3 +103,15 @@ def test_cheap_recomputation_without_compiling_is_refused() -> None:
     )
     with pytest.raises(UsageError, match="cheap is torch.compile's.*set recompute to false or"):
         training.decide(recipe.pretrain)
+
+
+def test_four_bits_train_on_one_gpu() -> None:
+    _, recipe = recipes.resolve(overrides=["lora.base=nf4"])
+    two = parallel.Processes(rank=0, world=2, device=torch.device("cpu"))
+    with pytest.raises(UsageError, match=r"2 processes are here; set lora\.base=full, or show one"):
+        workbench.freeze(None, recipe.lora.train, two)
+
+
+def test_four_bits_are_not_computed_in_fp8() -> None:
+    with pytest.raises(UsageError, match=r"base nf4 computes in bf16 or fp32, not in precision fp"):
+        recipes.resolve(overrides=["lora.base=nf4", "lora.train.precision=fp8"])
