@@ -131,7 +131,8 @@ def plan(
         world_size: GPUs that the weights are sharded over.
         loss_kernel: how the head's loss is computed, as in objective.linear_cross_entropy.
         compiled: whether layers are compiled; uncompiled ones keep more.
-        num_trainable_parameters: None for all; with LoRA the adapter's, over ``four_bits`` or not.
+        num_trainable_parameters: None for all; with LoRA the adapter's alone.
+        four_bits: the layers' frozen matrices are kept in NF4.
         rate: how fast a GPU is; without it there is no time and no cost.
         price_per_gpu_hour: in any currency.
     """
@@ -151,7 +152,6 @@ def plan(
     tokens_per_s, source = _tokens_per_s(rate, flops / tokens)
     elapsed_s = tokens / tokens_per_s / world_size if tokens_per_s else None
     gpu_hours = elapsed_s * world_size / 3600 if elapsed_s is not None else None
-    priced = gpu_hours is not None and price_per_gpu_hour is not None
     return Plan(
         num_parameters=model.num_parameters,
         memory=memory,
@@ -165,7 +165,7 @@ def plan(
         world_size=world_size,
         elapsed_s=elapsed_s,
         gpu_hours=gpu_hours,
-        cost=gpu_hours * price_per_gpu_hour if priced else None,  # type: ignore[operator]
+        cost=gpu_hours and price_per_gpu_hour and gpu_hours * price_per_gpu_hour,
     )
 
 
