@@ -6,6 +6,10 @@ TRL takes the rows as people write them, with its own tokenising, collator and l
 from __future__ import annotations
 
 import copy
+import importlib
+import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +218,44 @@ def test_sft_equals_trl_and_transformers(tokenizer: Any, tmp_path: Path) -> None
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     assert float(loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-5)
     require_equal_gradients(gradients(scorer.model, loss), their_gradients, 1e-5)
+
+
+@pytest.fixture
+def peer(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script that measures TRL beside ours, as it is run."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "bench" / "peers"))
+    for name in ("HF_HUB_OFFLINE", "WANDB_MODE", "TOKENIZERS_PARALLELISM", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    return importlib.import_module("trl_peer")
+
+
+@pytest.mark.parametrize("what", ["sft", "dpo", "lora"])
+def test_the_peer_that_is_measured_gets_our_rows(
+    what: str, peer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sevenfold.data import random_rows
+
+    told = ["--preset", "demo", "--steps", "1", "--micro-batch", "2", "--alone"]
+    told += ["--set", f"{what}.train.tokens_per_batch=256"]
+    monkeypatch.setattr(sys, "argv", ["trl_peer.py", what, *told])
+    seen: list[Any] = []
+    finish = peer.count
+    monkeypatch.setattr(peer, "count", lambda t, *a, **k: (seen.append(t), finish(t, *a, **k)))
+    peer.main()
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = seen[0].train_dataset
+    if what == "dpo":
+        ours = random_rows.random_preferences(
+            768, 256, vocab_size=1024, seed=7, share_prompts=False
+        ).preferences
+        assert [row["chosen_ids"] for row in rows] == [p.chosen for p in ours[: len(rows)]]
+        assert line["pairs_s_per_gpu"] > 0
+    else:
+        pieces = random_rows.random_conversations(768, 256, vocab_size=1024, seed=7).pieces
+        assert sorted(i for row in rows for i in row["input_ids"]) == sorted(
+            i for piece in pieces for i in piece.ids
+        )
+        # The first token of a document is nobody's target.
+        learnt = sum(label != -100 for row in rows for label in row["labels"])
+        assert learnt == sum(sum(piece.mask) for piece in pieces)
+    assert line["non_padding_tokens_s_per_gpu"] * line["step_s"] > 50
