@@ -39,6 +39,6 @@ sevenfold dpo "${force[@]}"
 judge dpo
 sevenfold lora "${force[@]}"
 judge lora
-sevenfold report
+"$python" -m sevenfold.workflow.cli report run >&2
 echo "== done, $SECONDS s" >&2
 "$python" "$here/table.py" run

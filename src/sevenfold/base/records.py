@@ -256,8 +256,8 @@ def _require_same_ancestors(run: Run, stage: str) -> None:
         heir, previous = STAGES[index], STAGES[index - 1]
         made_from = run.record(heir)
         manifest = run.model(previous) / storage.MANIFEST
-        begun_outside = made_from.get("external") and previous == STAGES[0]
-        if begun_outside or not manifest.is_file():
+        is_first = "outside" in made_from or previous == STAGES[0]
+        if (made_from.get("external") and is_first) or not manifest.is_file():
             return
         known = made_from.get("inputs", {}).get("model")
         if known is not None and known != storage.read_manifest(run.model(previous))["fingerprint"]:

@@ -77,7 +77,7 @@ def _copy(run: records.Run, stage: str, folder: Path, identity: str) -> None:
     record: dict[str, Any] = {
         "stage": stage,
         "fingerprint": storage.read_manifest(run.model(stage))["fingerprint"],
-        "inputs": {},
+        "inputs": {"model": identity},
         "config": {},
         "metrics": {},
         "external": True,

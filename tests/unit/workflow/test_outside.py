@@ -17,6 +17,7 @@ from tests.pipeline import miniature
 from sevenfold.base import records, storage
 from sevenfold.base.errors import BadDataError, GateRefusedError, UsageError
 from sevenfold.base.records import Run
+from sevenfold.verify import lineage
 from sevenfold.workflow import cli, outside
 from sevenfold.workflow import recipe as recipes
 
@@ -114,6 +115,10 @@ def test_from_a_published_folder_to_a_trained_model(
     assert trained["external"]
     assert trained["inputs"]["model"] == taken["fingerprint"]
     assert trained["forced_promotions"] == []
+    artifacts = {artifact.name: artifact for artifact in lineage.trace(run)}
+    (start,) = artifacts["pretrain"].parents
+    assert (start.label, start.state) == ("starting model", "outside")
+    assert [parent.state for parent in artifacts["sft"].parents] == ["here", "here"]
     # Its own tokenizer and template made the rows; answers were found without markers.
     manifest = storage.read_manifest(run.data("sft"))
     assert manifest["counts"]["dropped"] == {}
