@@ -13,9 +13,10 @@ from sevenfold.model.attention import IMPLEMENTATION
 from sevenfold.objective.next_token import Scorer
 
 LENGTHS = (11, 23, 1, 14)
-# Mean differences in nats. Rounding stays below a tenth of these, on a CPU in fp32 and otherwise (in
-# bf16, or in TF32 on a GPU); another head or another attention goes over.
-EXACT, ROUNDED = 1e-3, 0.1
+# Mean differences in nats, on a CPU in fp32 and otherwise (in bf16, or in TF32 on a GPU). SmolLM2 has
+# 5e-6 in fp32 and 0.07 in bf16, whose rounding adds up over 30 layers of random tokens; logits that
+# are scaled otherwise, or documents that see each other, more than 1.
+EXACT, ROUNDED = 1e-3, 0.3
 SEED = 7
 
 
@@ -35,6 +36,8 @@ def require_agreement(scorer: Scorer) -> None:
         raise UsageError(
             f"model type '{kind}' has no decoder layers and head to train here; {other}"
         )
+    if getattr(head, "bias", None) is not None:
+        raise UsageError(f"model type '{kind}' adds a bias to its logits, left out here; {other}")
     difference = _difference(scorer, causal)
     is_exact = causal.dtype == torch.float32 and causal.device.type == "cpu"
     if not difference <= (EXACT if is_exact else ROUNDED):
