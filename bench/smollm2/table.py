@@ -83,9 +83,9 @@ def _cell(metric: str, stage: str, before: list[str], evidence: dict[str, gates.
     if verdict["low"] is None:
         return text
     sign = -1 if facts["better"] == "higher" else 1
-    low, high = sorted((sign * verdict["low"], sign * verdict["high"]))
+    low, high = sorted((sign * verdict["low"] + 0.0, sign * verdict["high"] + 0.0))
     star = " *" if low > 0 or high < 0 else ""
-    return f"{text}; {sign * verdict['value']:+.3f} ({low:+.3f} to {high:+.3f}){star}"
+    return f"{text}; {sign * verdict['value'] + 0.0:+.3f} ({low:+.3f} to {high:+.3f}){star}"
 
 
 if __name__ == "__main__":
