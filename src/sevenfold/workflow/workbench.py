@@ -67,17 +67,25 @@ def load_scorer(job: Job) -> Scorer:
         "cpu" if is_small else job.processes.device,
         attn_implementation=attention.IMPLEMENTATION,
     )
-    kind = model.config.model_type
-    if job.recipe.kernels.liger and kind != "llama":
-        raise UsageError(
-            f"kernels.liger patches Llama's classes and has no effect on model type '{kind}'; set "
-            "kernels.liger=false"
-        )
+    require_effect(job.recipe.kernels, model.config.model_type)
     if job.source.external:
         require_agreement(Scorer(model, kernel="plain"))
     if is_small:
         freeze(model, config, job.processes)
     return make_scorer(model, config, kernel)
+
+
+def require_effect(wanted: KernelConfig, model_type: str) -> None:
+    """Refuse a kernel that is put into another family's classes than the model's.
+
+    Errors:
+        UsageError: with the setting to change.
+    """
+    if wanted.liger and model_type != "llama":
+        raise UsageError(
+            "kernels.liger patches Llama's classes and has no effect on model type "
+            f"'{model_type}'; set kernels.liger=false"
+        )
 
 
 def freeze(model: Any, config: TrainConfig, processes: parallel.Processes) -> float:

@@ -11,6 +11,7 @@ import torch
 from torch._functorch import config as functorch
 
 from sevenfold.base.errors import UsageError
+from sevenfold.model.config import KernelConfig
 from sevenfold.train import parallel
 from sevenfold.workflow import recipe as recipes
 from sevenfold.workflow import training, workbench
@@ -115,3 +116,13 @@ def test_four_bits_train_on_one_gpu() -> None:
 def test_four_bits_are_not_computed_in_fp8() -> None:
     with pytest.raises(UsageError, match=r"base nf4 computes in bf16 or fp32, not in precision fp"):
         recipes.resolve(overrides=["lora.base=nf4", "lora.train.precision=fp8"])
+
+
+def test_kernels_for_llama_are_refused_on_another_family() -> None:
+    wanted = KernelConfig(liger=True, cce=False)
+    workbench.require_effect(wanted, "llama")
+    workbench.require_effect(KernelConfig(liger=False, cce=True), "qwen2")
+    with pytest.raises(
+        UsageError, match=r"no effect on model type 'qwen2'; set kernels\.liger=fal"
+    ):
+        workbench.require_effect(wanted, "qwen2")
