@@ -121,6 +121,12 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def wait_for_gpu() -> None:
+    """Return when the GPU, if there is one, has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def reset_peak_memory() -> None:
     """Let :func:`peak_memory_gib` count from now on; a CPU process's peak cannot be reset."""
     if torch.cuda.is_available():

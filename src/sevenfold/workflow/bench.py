@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 
-from sevenfold.base import console, records, storage
+from sevenfold.base import console, hardware, records, storage
 from sevenfold.base.errors import CheckpointError, UsageError
-from sevenfold.base.hardware import detect_gpu_type, peak_memory_gib, power_limit_w, release_memory
 from sevenfold.data.packing import PackedPreferences
 from sevenfold.data.random_rows import RandomRows
 from sevenfold.train import checkpoint, loop, optimizer, parallel, planner, resuming
@@ -184,7 +183,7 @@ def _rates(asked: Bench, found: trial.Measured, rate: float) -> dict[str, float]
 
 def _mfu(asked: Bench, rate: float, length: int) -> float | None:
     """Return the share of the dense BF16 peak; of LoRA, which computes less, there is none."""
-    peak = detect_gpu_type()["peak_bf16_tflops"] * 1e12
+    peak = hardware.detect_gpu_type()["peak_bf16_tflops"] * 1e12
     if not peak or asked.stage == "lora":
         return None
     return rate * asked.recipe.model.flops_per_token(length) / peak
@@ -239,8 +238,8 @@ def _facts(asked: Bench, tried: trial.Trial, length: int) -> dict[str, Any]:
 
 def _program() -> dict[str, Any]:
     return {
-        "gpu": detect_gpu_type()["name"],
-        "power_limit_w": power_limit_w(),
+        "gpu": hardware.detect_gpu_type()["name"],
+        "power_limit_w": hardware.power_limit_w(),
         "code": records.code_version(),
         "versions": records.package_versions(),
     }
@@ -310,14 +309,14 @@ def _resume(asked: Bench) -> Iterator[dict[str, Any]]:
     length = asked.lengths[0]
     expected = _save_one(asked, length)
     torch.compiler.reset()  # what was compiled holds on to the weights
-    release_memory()
+    hardware.release_memory()
     _drop_from_page_cache(asked.folder)
     started = time.perf_counter()
     tried = trial.prepare(asked.recipe, asked.stage, asked.config)
     made = _saving_bench(asked, tried, length)
     built = time.perf_counter()
     resuming.resume(made)
-    _wait_for_gpu()
+    hardware.wait_for_gpu()
     restored = time.perf_counter()
     if workbench.digest(made) != expected:
         raise CheckpointError(
@@ -326,7 +325,7 @@ def _resume(asked: Bench) -> Iterator[dict[str, Any]]:
         )
     compared = time.perf_counter()
     trial.train(made, 1)
-    _wait_for_gpu()
+    hardware.wait_for_gpu()
     ended = time.perf_counter()
     yield {
         **_facts(asked, tried, length),
@@ -363,11 +362,6 @@ def _drop_from_page_cache(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _wait_for_gpu() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def _optimizer(asked: Bench) -> Iterator[dict[str, Any]]:
     """Time gradient norm, clipping and update on random gradients, without forward or backward."""
     tried = trial.prepare(asked.recipe, asked.stage, asked.config)
@@ -396,7 +390,7 @@ def _optimizer(asked: Bench) -> Iterator[dict[str, Any]]:
         "clip_s": clip_s,
         "update_s": update_s,
         "first_step_s": seconds[0]["clip"] + seconds[0]["update"],
-        "peak_gib": peak_memory_gib(),
+        "peak_gib": hardware.peak_memory_gib(),
         "parameters": sum(p.numel() for p in parameters),
         **_program(),
     }

@@ -28,6 +28,7 @@ from sevenfold.base.hardware import (
     reset_peak_memory,
     setup_torch_backends,
     training_device,
+    wait_for_gpu,
 )
 from sevenfold.data import random_texts, tokenizer
 from sevenfold.verify import harness
@@ -141,11 +142,11 @@ def _counted(model: Any) -> Iterator[dict[str, float]]:
 
     def begin(module: Any, arguments: Any, options: dict[str, Any]) -> None:
         nonlocal since
-        _wait_for_gpu()
+        wait_for_gpu()
         since = time.perf_counter()
 
     def end(module: Any, arguments: Any, options: dict[str, Any], output: Any) -> None:
-        _wait_for_gpu()
+        wait_for_gpu()
         count["seconds"] += time.perf_counter() - since
         count["passes"] += 1
         count["tokens"] += options["input_ids"].numel()
@@ -160,8 +161,3 @@ def _counted(model: Any) -> Iterator[dict[str, float]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _wait_for_gpu() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
