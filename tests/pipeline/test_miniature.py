@@ -106,13 +106,14 @@ def test_stopped_in_a_step_the_same_command_ends_with_the_same_model(
 def whole(unbroken: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the whole run with one checkpoint a stage, whose files are put back as they were.
 
-    Beside it wandb's log, as a run with it has one.
+    Beside it logs of wandb and TensorBoard, as runs with them have one.
     """
     run = tmp_path_factory.mktemp("whole") / "run"
     shutil.copytree(unbroken / "run", run)
     assert cli.execute(["checkpoints", str(run), "--prune", "1"]) == 0
-    (run / "wandb").mkdir()
-    (run / "wandb" / "run.wandb").write_bytes(b"anything")
+    for name in ("wandb", "tensorboard"):
+        (run / name).mkdir()
+        (run / name / "log").write_bytes(b"anything")
     assert cli.execute(["verify", str(run)]) == 0
     return run
 
@@ -125,9 +126,9 @@ def files_of(run: Path) -> list[Path]:
 
 
 def is_left_out(path: Path, run: Path) -> bool:
-    """True of what docs and code say is not looked at: two names, each with its reason."""
-    assert set(NOT_COVERED) == {".", "wandb"}
-    return path.relative_to(run).parts[0] in (".lock", "wandb")
+    """True of what docs and code say is not looked at: three names, each with its reason."""
+    assert set(NOT_COVERED) == {".", "wandb", "tensorboard"}
+    return path.relative_to(run).parts[0] in (".lock", "wandb", "tensorboard")
 
 
 def verify(run: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -141,8 +142,9 @@ def test_one_flipped_bit_anywhere_is_named(whole: Path, capsys: pytest.CaptureFi
     """In every file; of those with a seal, or checksums in their lines, in an end as well."""
     draw = random.Random(20261123)
     covered = [path for path in files_of(whole) if not is_left_out(path, whole)]
-    # Nothing ran out of memory here, so nothing was decided that a resume has to know.
-    assert SEALED - {path.name for path in covered} == {"recovery.json"}
+    # Nothing ran out of memory here, so nothing was decided that a resume has to know; and no
+    # judge was asked.
+    assert SEALED - {path.name for path in covered} == {"recovery.json", "judge.json"}
     for path in covered:
         data = path.read_bytes()
         inside = [draw.randrange(len(data)) for _ in range(2 if len(data) > 100_000 else 1)]

@@ -102,7 +102,7 @@ def own_files(stage: Path) -> dict[str, str]:
 
     Checkpoints come and go, and what steps 11 and 12 write is listed when they do.
     """
-    later = ("record.json", "verdict.json", *EVIDENCE)
+    later = ("record.json", "verdict.json", "judge.json", *EVIDENCE)
     paths = [*stage.glob("[!.]*"), *stage.glob(f"[!.]*/{storage.MANIFEST}")]
     return {
         path.relative_to(stage).as_posix(): storage.sha256_file(path)

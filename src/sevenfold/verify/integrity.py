@@ -17,18 +17,17 @@ from sevenfold.base.errors import BadDataError, CheckpointError, SevenfoldError
 from sevenfold.base.records import EVIDENCE, STAGES
 
 IN_RUN = frozenset(("run.json", "report.html", "data_card.json"))
-ITEMS, METRICS, RECORD, VERDICT = (
-    "evaluation_items.jsonl",
-    "metrics.jsonl",
-    "record.json",
-    "verdict.json",
-)
-IN_STAGE = frozenset((METRICS, RECORD, VERDICT, *EVIDENCE, "recovery.json", "data_files.json"))
+ITEMS, METRICS = "evaluation_items.jsonl", "metrics.jsonl"
+RECORD, VERDICT = "record.json", "verdict.json"
+# Under which key of the record's evidence the SHA-256 of a file is that steps 11 and 12 wrote.
+LISTED_LATER = {**EVIDENCE, VERDICT: "verdict_sha256", "judge.json": "judge_sha256"}
+IN_STAGE = frozenset((METRICS, RECORD, *LISTED_LATER, "recovery.json", "data_files.json"))
 # What is not looked at, by the beginning of a name in its path, and why.
 NOT_COVERED = {
     ".": "hidden: the lock, which every command rewrites, and what a stopped step has begun, whose "
     "checksums that step looks at before it goes on",
     "wandb": "wandb's own log, which wandb goes on writing",
+    "tensorboard": "TensorBoard's, likewise; the same numbers stand in metrics.jsonl",
 }
 # What may be missing without being missed, and why.
 NOT_MISSED = {
@@ -152,7 +151,7 @@ def _listed(stage: Path) -> Iterator[tuple[Path, SevenfoldError]]:
     """Yield what is missing, changed or too many beside the record of a stage."""
     path = stage / RECORD
     if not path.is_file():
-        made = [name for name in (*EVIDENCE, VERDICT, "model") if (stage / name).exists()]
+        made = [name for name in (*LISTED_LATER, "model") if (stage / name).exists()]
         if made:
             told = f"{path}: missing, though there is {', '.join(made)}; run the step again"
             yield path, BadDataError(told)
@@ -169,7 +168,7 @@ def _listed(stage: Path) -> Iterator[tuple[Path, SevenfoldError]]:
         elif storage.sha256_file(stage / name) != sha256:
             told = f"{stage / name}: not the file that {path} is about; run the step again"
             yield stage / name, BadDataError(told)
-    for name in (*EVIDENCE, VERDICT):
+    for name in LISTED_LATER:
         if (stage / name).is_file() and name not in listed:
             told = f"{stage / name}: {path} does not list it; run step 11, then 12, again"
             yield stage / name, BadDataError(told)
@@ -179,7 +178,7 @@ def _sha256(record: Mapping[str, Any]) -> dict[str, str]:
     """Return the files beside a record with their SHA-256, by what the record says."""
     listed = dict(record.get("files") or {})
     evidence = record.get("evidence") or {}
-    for name, key in (*EVIDENCE.items(), (VERDICT, "verdict_sha256")):
+    for name, key in LISTED_LATER.items():
         if key in evidence:
             listed[name] = evidence[key]
     return listed

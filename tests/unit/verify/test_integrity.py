@@ -62,11 +62,13 @@ def test_what_the_record_lists_and_is_gone(run: Run) -> None:
     assert problem.endswith("record.json lists it")
 
 
-def test_evidence_that_the_record_does_not_know(run: Run) -> None:
-    storage.write_json(run.stage(STAGE) / "verdict.json", {"promoted": True})
+@pytest.mark.parametrize("name", ["verdict", "judge", "evaluation"])
+def test_evidence_that_the_record_does_not_know(run: Run, name: str) -> None:
+    path = run.stage(STAGE) / f"{name}.json"
+    storage.write_json(path, {"promoted": True})
     [problem] = problems(run)
     assert "record.json does not list it; run step 11, then 12, again" in problem
-    evidence = {"verdict_sha256": storage.sha256_file(run.stage(STAGE) / "verdict.json")}
+    evidence = {f"{name}_sha256": storage.sha256_file(path)}
     run.write_record(STAGE, {**run.record(STAGE), "evidence": evidence})
     assert problems(run) == []
 
