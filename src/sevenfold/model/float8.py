@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch
 
 from sevenfold.base.errors import UsageError
 from sevenfold.model.float8_linear import DIVISOR, E4M3, Float8Linear, Scaling, scale_for
@@ -92,6 +93,8 @@ def convert_to_float8(model: nn.Module, *, emulate: bool = False) -> nn.Module:
         scaling = shared.setdefault((parent_name, group), Scaling(E4M3, linear.weight.device))
         linears.append(Float8Linear(linear, scaling, emulate=emulate))
         setattr(parent, own, linears[-1])
+    # Compiled layers are cached as what they were traced to, in which no Python function is left.
+    functorch.autograd_cache_allow_custom_autograd_functions = True
     decoder.add_module(NAME, Scalings(linears))
     decoder.register_forward_pre_hook(_refresh)
     log.info("fp8: %d linear layers converted", len(linears))
