@@ -130,21 +130,26 @@ def require_room(run: Run, recipe: Recipe, stage: str, start_from: Path | None =
     planner.require_room(plan_stage(run, recipe, stage, model=model).plan, detect_gpu_type())
 
 
-def dry_run(run: Run, recipe: Recipe, stages: Sequence[str]) -> None:
+def dry_run(
+    run: Run, recipe: Recipe, stages: Sequence[str], start_from: Path | None = None
+) -> None:
     """Print the plans; on a GPU, rehearse the stage that needs most with random tokens.
+
+    A model from outside is planned by its own sizes, and not rehearsed.
 
     Errors:
         UsageError: the machine cannot carry out one of the stages.
         MemoryExhaustedError: the rehearsed step did not fit.
     """
-    planned = [plan_stage(run, recipe, stage) for stage in stages]
+    model = None if start_from is None else describe_folder(start_from)
+    planned = [plan_stage(run, recipe, stage, model=model) for stage in stages]
     for each in planned:
         print_plan(each)
     gpu = detect_gpu_type()
     for each in planned:
         decide(train_config(recipe, each.stage))
         planner.require_room(each.plan, gpu)
-    if planned and gpu["num_gpus"]:
+    if planned and gpu["num_gpus"] and model is None:
         worst = max(planned, key=lambda each: each.plan.peak_gib)
         _rehearse(recipe, worst)
     console.print_line("dry run: everything asked for can be done here; nothing was written")

@@ -198,8 +198,10 @@ def dry_run(job: Job, stages: Sequence[str], options: argparse.Namespace) -> Non
     arguments += [] if options.fp8 is None else ["--fp8" if options.fp8 else "--no-fp8"]
     for assignment in options.set:
         arguments += ["--set", assignment]
+    start_from = getattr(options, "start_from", None)
+    arguments += [] if start_from is None else ["--start-from", str(start_from)]
     if not on_all_gpus(arguments, job.run):
-        call("planning", "dry_run")(job.run, job.recipe, stages)
+        call("planning", "dry_run")(job.run, job.recipe, stages, start_from)
 
 
 def _train_on_all_gpus(run: Run, stage: str, options: argparse.Namespace) -> bool:

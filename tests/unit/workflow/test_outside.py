@@ -41,7 +41,7 @@ def write_model(folder: Path, *, template: str | None = TEMPLATE, **settings: An
     sizes: dict[str, Any] = {
         "vocab_size": ROWS + PADDING,
         "hidden_size": 32,
-        "intermediate_size": 48,
+        "intermediate_size": 480,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -104,6 +104,9 @@ def test_from_a_published_folder_to_a_trained_model(
     from transformers import AutoModelForCausalLM
 
     command = ["sft", "--config", str(config), "--run", str(tmp_path / "run")]
+    assert cli.execute([*command, "--start-from", str(model), "--dry-run"]) == 0
+    assert "0.11 M" in capsys.readouterr().out  # the recipe's model has 0.03 M
+    assert not (tmp_path / "run").exists()
     assert cli.execute([*command, "--start-from", str(model)]) == 0
     run = records.open_run(tmp_path / "run")
     verdict = storage.read_json(run.stage("pretrain") / "verdict.json")
