@@ -160,36 +160,25 @@ def test_a_gate_refuses_it_first_and_force_is_recorded(
     assert record["forced_promotions"] == [{"stage": "pretrain", "reason": "a trial"}]
 
 
-def test_an_adapter_on_a_model_from_outside_is_checked_as_any(
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes' own, about optional kernels
+def test_an_adapter_trained_on_four_bits_is_merged_into_the_weights_as_they_were(
     model: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     command = ["lora", "--config", str(config), "--run", str(run), "--start-from", str(model)]
+    command += ["--set", "lora.base=nf4"]
     # dpo's only check compares with sft, and there is none.
     assert cli.execute(command) == 3
     assert "from outside, and every check of custom.dpo compares" in capsys.readouterr().err
     assert cli.execute([*command, "--force", "no check can be made"]) == 0
-    assert cli.execute(["evaluate", "lora", "--run", str(run)]) == 0
-    metrics = storage.read_json(run / "lora" / "evaluation.json")["metrics"]
-    assert metrics["adapter_off_change"]["value"] == 0
-    assert metrics["merge_error"]["value"] < 1
-    adapter = storage.read_json(run / "lora" / "adapter" / "adapter_config.json")
-    assert adapter["base_model_name_or_path"] == "dpo/model"
-
-
-@pytest.mark.filterwarnings("ignore")  # bitsandbytes' own, about optional kernels
-def test_an_adapter_trained_on_four_bits_is_merged_into_the_weights_as_they_were(
-    model: Path, config: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    command = ["lora", "--config", str(config), "--run", str(run), "--start-from", str(model)]
-    assert cli.execute([*command, "--set", "lora.base=nf4", "--force", "a trial"]) == 0
     record = records.open_run(run).record("lora")
     assert record["config"]["base"] == "nf4"
     losses = record["four_bits"]
     assert losses["validation_loss"] == pytest.approx(record["metrics"]["validation_loss"], abs=1)
     assert losses["merged"] == pytest.approx(losses["validation_loss"], abs=0.1)
     assert losses["merged"] != losses["validation_loss"]
+    adapter = storage.read_json(run / "lora" / "adapter" / "adapter_config.json")
+    assert adapter["base_model_name_or_path"] == "dpo/model"
     assert cli.execute(["evaluate", "lora", "--run", str(run)]) == 0
     metrics = storage.read_json(run / "lora" / "evaluation.json")["metrics"]
     assert metrics["adapter_off_change"]["value"] == 0
