@@ -82,6 +82,7 @@ def _copy(run: records.Run, stage: str, folder: Path, identity: str) -> None:
         "metrics": {},
         "external": True,
         "outside": {"name": folder.name, "fingerprint": identity},
+        "files": records.own_files(run.stage(stage)),
         "elapsed_s": time.perf_counter() - started_s,
         "finished_at_s": time.time(),
         "cost": None,
