@@ -173,13 +173,12 @@ class Speaker:
         finally:
             self._places.release()
 
-    @torch.inference_mode()
     def _speak(self, wish: Wish, say: Callable[[str], None]) -> Said:
         try:
             ids = generation.chat_prompts(self._tokenizer, [wish.messages])[0]
         except SevenfoldError as error:
             raise AskedWronglyError(f"'messages': {error}", param="messages") from None
-        room = int(self._model.config.max_position_embeddings) - len(ids)
+        room = self._context() - len(ids)
         if room < 1:
             raise AskedWronglyError(
                 f"'messages': {len(ids)} tokens; the context of {len(ids) + room} leaves no room "
@@ -189,6 +188,22 @@ class Speaker:
             )
         ends = generation.end_token_ids(self._tokenizer)
         stream = TextStream(self._tokenizer, ends, say)
+        self._generate(ids, wish, min(wish.max_tokens, room), ends, stream)
+        return Said(
+            text=stream.text,
+            finish_reason="stop" if stream.ended else "length",
+            num_prompt_tokens=len(ids),
+            num_tokens=stream.num_tokens,
+        )
+
+    def _context(self) -> int:
+        return int(self._model.config.max_position_embeddings)
+
+    @torch.inference_mode()
+    def _generate(
+        self, ids: list[int], wish: Wish, max_tokens: int, ends: list[int], stream: TextStream
+    ) -> None:
+        """Give ``stream`` the prompt, then every token of the answer as it comes."""
         input_ids = torch.tensor([ids], device=self._model.get_input_embeddings().weight.device)
         if wish.seed is not None:
             torch.manual_seed(wish.seed)
@@ -199,15 +214,9 @@ class Speaker:
         self._model.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=min(wish.max_tokens, room),
+            max_new_tokens=max_tokens,
             eos_token_id=ends,
             pad_token_id=ends[0],
             streamer=stream,
             **sampling,
-        )
-        return Said(
-            text=stream.text,
-            finish_reason="stop" if stream.ended else "length",
-            num_prompt_tokens=len(ids),
-            num_tokens=stream.num_tokens,
         )

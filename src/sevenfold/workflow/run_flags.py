@@ -8,6 +8,7 @@ from pathlib import Path
 from sevenfold.base.records import STAGES
 from sevenfold.workflow.flag_values import above_zero, one_of
 
+ENGINES = ("auto", "vllm", "transformers")
 EXPORT_FORMATS = ("model", "gguf", "adapter")
 WEIGHT_TYPES = ("f32", "f16", "bf16", "q8_0")
 
@@ -42,6 +43,13 @@ def serve(parser: argparse.ArgumentParser) -> None:
     """Take what is served, and where."""
     names = STAGES[1:]
     parser.add_argument("--stage", type=one_of(names), help=f"{'|'.join(names)} (default: latest)")
+    parser.add_argument(
+        "--engine",
+        type=one_of(ENGINES),
+        default=ENGINES[0],
+        metavar="NAME",
+        help="vllm, transformers or auto (default): vLLM where it is installed and a GPU is there",
+    )
     parser.add_argument("--port", type=int, default=8000, help="of 127.0.0.1 (8000); 0: any free")
 
 

@@ -22,7 +22,9 @@ import torch
 
 from sevenfold.base import console
 from sevenfold.base.errors import UsageError
-from sevenfold.base.records import open_run
+from sevenfold.base.hardware import training_device
+from sevenfold.base.records import Run, open_run
+from sevenfold.workflow import vllm_engine
 from sevenfold.workflow.chat import latest_stage, open_model
 from sevenfold.workflow.completions import (
     MAX_TOKENS,
@@ -49,14 +51,25 @@ def serve(options: argparse.Namespace) -> None:
     """
     run = open_run(options.run)
     stage = options.stage or latest_stage(run)
-    model, tokenizer = open_model(run, stage)
-    speaker = Speaker(model, tokenizer, name=f"{run.folder.resolve().name}/{stage}")
+    speaker = _open_speaker(run, stage, options.engine)
     with open_server(speaker, options.port) as server:
         console.print_line(
             f"{speaker.name} at {server.url}/ (page) and {server.url}/v1; Ctrl-C ends"
         )
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
+
+
+def _open_speaker(run: Run, stage: str, engine: str) -> Speaker:
+    """Return what answers: vLLM where it is installed and a GPU is there, or transformers."""
+    name = f"{run.folder.resolve().name}/{stage}"
+    if engine == "auto":
+        fast = vllm_engine.is_installed() and training_device().type == "cuda"
+        engine = "vllm" if fast else "transformers"
+    if engine == "vllm":
+        run.record(stage)
+        return vllm_engine.VllmSpeaker(run.model(stage), name=name)
+    return Speaker(*open_model(run, stage), name=name)
 
 
 def open_server(speaker: Speaker, port: int) -> Server:
