@@ -1,6 +1,9 @@
 """Where the time of the 7B's layers goes: forward and backward, with gradients added up.
 
     PYTHONPATH=src python bench/fp8_layers.py [bf16] [fp8] [fp8_torchao] [--micro-batch 4]
+                                              [--transpose]
+
+With --transpose a kernel of its own transposes FP8 tensors, apart from their casts.
 
 One JSON line a precision: milliseconds a layer and micro-batch, seconds to compile, memory, and the
 kernels that take longest, in microseconds a layer. Needs a GPU; fp8 needs Hopper.
@@ -18,16 +21,46 @@ from typing import Any
 import torch
 
 from sevenfold.base.console import print_raw
-from sevenfold.model import attention, float8
+from sevenfold.model import attention, float8, float8_linear
 from sevenfold.model.config import read_model_file
 
 MODEL = read_model_file(Path(__file__).parents[1] / "configs" / "model_7b.py")
-LAYERS, LENGTH, REPEATS, SHOWN = 4, 2048, 10, 28
+LAYERS, LENGTH, REPEATS, SHOWN, TILE = 4, 2048, 10, 28, 128
 CONVERT = {
     "bf16": lambda model: model,
     "fp8": float8.convert_to_float8,
     "fp8_torchao": float8.convert_with_torchao,
 }
+
+
+def transpose_apart() -> None:
+    """Let a kernel of its own transpose FP8 tensors, tile by tile."""
+    import triton
+    from triton import language as tl
+
+    @triton.jit
+    def turn(source, target, rows, columns, side: tl.constexpr):  # type: ignore[no-untyped-def]
+        row = tl.program_id(1) * side + tl.arange(0, side)
+        column = tl.program_id(0) * side + tl.arange(0, side)
+        inside = (row[:, None] < rows) & (column[None, :] < columns)
+        tile = tl.load(source + row[:, None] * columns + column[None, :], mask=inside)
+        place = target + column[:, None] * rows + row[None, :]
+        tl.store(place, tl.trans(tile), mask=tl.trans(inside))
+
+    def transposed(values: torch.Tensor) -> torch.Tensor:
+        rows, columns = values.shape
+        target = values.new_empty(columns, rows)
+        grid = (triton.cdiv(columns, TILE), triton.cdiv(rows, TILE))
+        turn[grid](values.view(torch.uint8), target.view(torch.uint8), rows, columns, side=TILE)
+        return target
+
+    # An operator that torch.compile does not look into.
+    schema = "(Tensor values) -> Tensor"
+    operator = torch.library.custom_op(
+        "bench::transposed", transposed, mutates_args=(), schema=schema
+    )
+    operator.register_fake(lambda values: values.new_empty(values.shape[1], values.shape[0]))
+    float8_linear.transposed = torch.ops.bench.transposed.default
 
 
 def build(precision: str) -> Any:
@@ -97,7 +130,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("precision", nargs="*", default=list(CONVERT))
     parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--transpose", action="store_true", help="apart from the casts")
     options = parser.parse_args()
+    if options.transpose:
+        transpose_apart()
     attention.register_attention()
     attention.prefer_fast_kernels(torch.cuda.get_device_capability(), deterministic=False)
     for precision in options.precision:
