@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sevenfold.base.errors import UsageError
 from sevenfold.model.config import InitConfig, LoRAAdapterConfig, ModelConfig
+from sevenfold.model.float8 import convert_to_float8
 from sevenfold.model.four_bits import freeze_in_four_bits, require_four_bits
 from sevenfold.model.llama import initialize
 from sevenfold.model.lora import add_adapter, merge_adapter
@@ -51,13 +52,16 @@ def test_weights_take_four_bits_and_stay_near(base: Any) -> None:
     assert 0 < (logits(base) - before).abs().mean() < 0.3 * before.std()
 
 
-@pytest.mark.parametrize("kind", ["full", "nf4"])
+@pytest.mark.parametrize("kind", ["full", "nf4", "fp8"])
 def test_frozen_weights_cost_no_gradient_work(base: Any, kind: str) -> None:
     """Backward is one product a weight, for its inputs; the weight's gradient would be a second."""
     if kind == "nf4":
         freeze_in_four_bits(base, CPU, torch.float32)
+    if kind == "fp8":
+        convert_to_float8(base, emulate=True)
     adapted = add_adapter(base, ADAPTER)
     layer = adapted.get_base_model().model.layers[1].mlp
+    layer.compile(backend="aot_eager")  # as layers are; torchao's FP8 rests on it for this
     matrices = 3 * base.config.hidden_size * base.config.intermediate_size
     sides = 3 * (base.config.hidden_size + base.config.intermediate_size) * ADAPTER.r
     tokens = 16
