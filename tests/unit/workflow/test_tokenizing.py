@@ -21,6 +21,7 @@ from sevenfold.data import clean, encoders
 from sevenfold.data.encoders import Tokeniser
 from sevenfold.data.shards import PackConfig, open_shards
 from sevenfold.data.sources import source_from_path
+from sevenfold.data.tokenizer import load_tokenizer
 from sevenfold.workflow import evaluation, prepare, remaining, tokenizing
 
 BEST_FIT = PackConfig(row_length=32, dtype="uint16", strategy="best_fit")
@@ -86,7 +87,7 @@ def test_best_fit_pads_and_training_leaves_the_padding_out(run: Run, recipe: Any
         0,
     )
     # No text holds the padding, so the baseline of a gate must not count it.
-    unigram = evaluation._unigram_counts(run, 320)
+    unigram = evaluation._unigram_counts(run, run.tokenizer, load_tokenizer(run.tokenizer))
     assert unigram is not None
     assert unigram[pad_id] == 0
     assert unigram.sum() == counts["tokens"]
