@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import os
 import sys
@@ -17,7 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO, cast
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -27,6 +29,11 @@ from sevenfold.base.errors import without_secrets
 # Plain lines are printed this often, whichever comes first, when nobody watches a bar move.
 PLAIN_LINES_PER_STAGE = 20
 PLAIN_LINE_EVERY_S = 60.0
+# What is drawn of a stage while it trains, and how its newest value is written.
+CURVES = {"loss": "{:.4f}", "lr": "{:.2e}", "grad_norm": "{:.3g}", "tok_s": "{:,.0f}"}
+BARS = "▁▂▃▄▅▆▇█"
+CURVE_WIDTH = 48
+MOST_ROWS_DRAWN = 4096
 # Names of libraries that announce on import what they could not load; none of it is news.
 TALKATIVE = (
     "torchao",
@@ -229,17 +236,50 @@ def describe_step(row: Mapping[str, Any]) -> str:
     )
 
 
+def sparkline(values: Sequence[float], width: int = CURVE_WIDTH) -> str:
+    """Return ``values`` as a line of ``width`` bars at most, each the mean of its share."""
+    width = min(width, len(values))
+    edges = [len(values) * at // width for at in range(width + 1)]
+    means = [sum(values[low:high]) / (high - low) for low, high in itertools.pairwise(edges)]
+    least, most = min(means), max(means)
+    span = most - least
+    heights = [(mean - least) / span if span else 0.0 for mean in means]
+    return "".join(BARS[min(len(BARS) - 1, int(height * len(BARS)))] for height in heights)
+
+
+def curves(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return a table with a sparkline, and the newest value, of what the rows of metrics hold."""
+    table = Table.grid(padding=(0, 2))
+    for name, shape in CURVES.items():
+        values = [float(row[name]) for row in rows if isinstance(row.get(name), int | float)]
+        if values:
+            last = shape.format(values[-1])
+            table.add_row(Text(name.replace("_", " ")), Text(sparkline(values)), Text(last))
+    return table
+
+
 class TrainingProgress:
     """The progress of one training stage, drawn from the rows that go to ``metrics.jsonl``.
 
-    In a terminal it is a bar; elsewhere about twenty plain lines a stage, and one a minute. Use it
-    as a context manager, on one process only.
+    In a terminal it is a bar below the stages and the curves; elsewhere about twenty plain lines a
+    stage, and one a minute. Use it as a context manager, on one process only.
     """
 
     def __init__(
-        self, title: str, *, num_steps: int, start_step: int = 0, enabled: bool = True
+        self,
+        title: str,
+        *,
+        num_steps: int,
+        start_step: int = 0,
+        enabled: bool = True,
+        stages: Text | None = None,
+        later_steps: float | None = None,
     ) -> None:
-        """Show steps ``start_step`` to ``num_steps`` of the stage named ``title``."""
+        """Show steps ``start_step`` to ``num_steps`` of the stage named ``title``.
+
+        ``stages`` is a line about all stages; ``later_steps`` is how long those after this one
+        train, in steps of this one, None where that is not known.
+        """
         self._title = title
         self._num_steps = num_steps
         self._start_step = start_step
@@ -247,7 +287,10 @@ class TrainingProgress:
         self._console = output_console(below_bar=True)
         self._started_at_s = time.monotonic()
         self._line_at_s = self._started_at_s
+        self._stages, self._later_steps = stages, later_steps
+        self._rows: list[Mapping[str, Any]] = []
         self._bar: Progress | None = None
+        self._live: Live | None = None
         self._line_at_step = start_step
         self._held_out: dict[str, Any] = {}
 
@@ -259,13 +302,20 @@ class TrainingProgress:
                 BarColumn(bar_width=24),
                 TextColumn("{task.completed}/{task.total}  {task.fields[facts]}"),
                 console=self._console,
-                refresh_per_second=4,
             )
             self._bar.add_task(
                 self._title, total=self._num_steps, completed=self._start_step, facts=""
             )
-            self._bar.start()
+            self._live = Live(
+                get_renderable=self._picture, console=self._console, refresh_per_second=4
+            )
+            self._live.start()
         return self
+
+    def _picture(self) -> Group:
+        assert self._bar is not None
+        above = [self._stages] if self._stages else []
+        return Group(*above, curves(self._rows), self._bar)
 
     def __exit__(
         self,
@@ -273,8 +323,8 @@ class TrainingProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
 
     def update(self, row: Mapping[str, Any]) -> None:
         """Show one row; a row without ``loss`` (a held-out measurement) is kept for the next."""
@@ -286,10 +336,11 @@ class TrainingProgress:
             return
         step = int(row["step"])
         facts = describe_step({**self._held_out, **row})
-        left = self._time_left(step)
-        if left is not None:
-            facts += f"  {left} left"
+        facts += self._time_left(step)
         if self._bar is not None:
+            if len(self._rows) >= MOST_ROWS_DRAWN:  # every second will do for a picture this small
+                del self._rows[::2]
+            self._rows.append(row)
             self._bar.update(self._bar.task_ids[0], completed=step, facts=facts)
         elif self._is_due(step):
             self._line_at_s, self._line_at_step = time.monotonic(), step
@@ -301,12 +352,15 @@ class TrainingProgress:
         is_far = step - self._line_at_step >= every
         return is_far or step >= self._num_steps or waited >= PLAIN_LINE_EVERY_S
 
-    def _time_left(self, step: int) -> str | None:
-        done = step - self._start_step
-        if done <= 0 or step >= self._num_steps:
-            return None
-        elapsed_s = time.monotonic() - self._started_at_s
-        return duration(elapsed_s / done * (self._num_steps - step))
+    def _time_left(self, step: int) -> str:
+        done, left = step - self._start_step, self._num_steps - step
+        if done <= 0 or left <= 0:
+            return ""
+        step_s = (time.monotonic() - self._started_at_s) / done
+        told = f"  {duration(step_s * left)} left"
+        if self._later_steps:
+            told += f", {duration(step_s * (left + self._later_steps))} of all training"
+        return told
 
 
 @contextlib.contextmanager

@@ -114,3 +114,16 @@ def seconds_left(stages: Sequence[StageProgress]) -> float | None:
             return None
         left_s += max(0, stage.num_steps - stage.step) * stage.tokens_per_step / rate
     return left_s
+
+
+def steps_after(stages: Sequence[StageProgress], stage: str, tokens_per_step: int) -> float | None:
+    """Return how long the stages after ``stage`` train, in steps of it; None while not known."""
+    at = [each.stage for each in stages].index(stage)
+    steps = 0.0
+    for each in stages[at + 1 :]:
+        if each.is_done:
+            continue
+        if each.num_steps is None or each.tokens_per_step is None:
+            return None
+        steps += (each.num_steps - each.step) * each.tokens_per_step / tokens_per_step
+    return steps

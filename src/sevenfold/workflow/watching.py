@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import time
 from collections.abc import Sequence
 
 from rich.console import Group
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from sevenfold.base import console
@@ -17,9 +15,6 @@ from sevenfold.base.records import Run, open_run
 from sevenfold.workflow.remaining import StageProgress, progress, seconds_left
 
 WATCH_EVERY_S = 2.0
-CURVES = {"loss": "{:.4f}", "lr": "{:.2e}", "grad_norm": "{:.3g}", "tok_s": "{:,.0f}"}
-BARS = "▁▂▃▄▅▆▇█"
-CURVE_WIDTH = 48
 MARKS = {
     "promoted": ("✓", "green"),
     "refused": ("✗", "red"),
@@ -82,36 +77,26 @@ def _left(stages: Sequence[StageProgress]) -> str:
 
 def _picture(run: Run) -> Group:
     stages = progress(run)
-    strip = Text()
-    for stage in stages:
-        mark, style = MARKS[_state(stage)]
-        steps = f" {_steps(stage)}" if _state(stage) == "training" else ""
-        strip.append(f" {mark} {stage.stage}{steps} ", style=style)
+    strip = stage_strip(stages)
     shown = current(stages)
     if shown is None:
         return Group(strip, Text(f"{run.folder}: nothing has trained yet", style="dim"))
-    table = Table.grid(padding=(0, 2))
-    for name, shape in CURVES.items():
-        values = [float(r[name]) for r in shown.rows if isinstance(r.get(name), int | float)]
-        if values:
-            last = shape.format(values[-1])
-            table.add_row(Text(name.replace("_", " ")), Text(sparkline(values)), Text(last))
     facts = f"{shown.stage}  {console.describe_step(shown.rows[-1])}{_left(stages)}"
-    return Group(strip, table, Text(facts, style="dim"))
+    return Group(strip, console.curves(shown.rows), Text(facts, style="dim"))
+
+
+def stage_strip(stages: Sequence[StageProgress], training: str | None = None) -> Text:
+    """Return one line with a mark for every stage; ``training`` is the one that begins now."""
+    strip = Text()
+    for stage in stages:
+        state = "training" if stage.stage == training else _state(stage)
+        mark, style = MARKS[state]
+        steps = f" {_steps(stage)}" if state == "training" and training is None else ""
+        strip.append(f" {mark} {stage.stage}{steps} ", style=style)
+    return strip
 
 
 def _state(stage: StageProgress) -> str:
     if stage.is_done:
         return stage.gate or "trained"
     return "training" if stage.rows else "ahead"
-
-
-def sparkline(values: Sequence[float], width: int = CURVE_WIDTH) -> str:
-    """Return ``values`` as a line of ``width`` bars at most, each the mean of its share."""
-    width = min(width, len(values))
-    edges = [len(values) * at // width for at in range(width + 1)]
-    means = [sum(values[low:high]) / (high - low) for low, high in itertools.pairwise(edges)]
-    least, most = min(means), max(means)
-    span = most - least
-    heights = [(mean - least) / span if span else 0.0 for mean in means]
-    return "".join(BARS[min(len(BARS) - 1, int(height * len(BARS)))] for height in heights)

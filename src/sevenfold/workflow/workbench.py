@@ -25,7 +25,7 @@ from sevenfold.objective.next_token import Objective, Scorer
 from sevenfold.train import checkpoint, loop, optimizer, parallel, resuming
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.recovery import Decisions, StepGuard
-from sevenfold.workflow import tracking
+from sevenfold.workflow import remaining, tracking, watching
 from sevenfold.workflow.training import Job
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -220,10 +220,15 @@ def train(job: Job, bench: loop.Workbench) -> dict[str, Any]:
     """Train to the end and return the last row of metrics."""
     if bench.step >= bench.num_steps:
         return bench.last
-    main, steps = job.processes.is_main, bench.num_steps
-    with (
-        TrainingProgress(job.stage, num_steps=steps, start_step=bench.step, enabled=main) as bar,
-        tracking.tracked(job) as tracker,
-    ):
+    stages = remaining.progress(job.run)
+    bar = TrainingProgress(
+        job.stage,
+        num_steps=bench.num_steps,
+        start_step=bench.step,
+        enabled=job.processes.is_main,
+        stages=watching.stage_strip(stages, job.stage),
+        later_steps=remaining.steps_after(stages, job.stage, bench.config.tokens_per_batch),
+    )
+    with bar, tracking.tracked(job) as tracker:
         bench.progress = _Shown(bar, tracker)
         return loop.fit(bench)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.text import Text
 
 from sevenfold.base import console
 from sevenfold.base.errors import without_secrets
@@ -116,12 +117,21 @@ def test_progress_in_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    with console.TrainingProgress("dpo", num_steps=10) as progress:
+    stages = Text("✓ sft ▸ dpo · lora")
+    with console.TrainingProgress(
+        "dpo", num_steps=10, start_step=2, stages=stages, later_steps=30
+    ) as progress:
+        progress.update({**ROW, "step": 4, "loss": 3.0})
         progress.update(ROW)
+        progress._started_at_s -= 30  # three steps of ten seconds
+        progress.update({**ROW, "step": 5})
         console.print_line("said meanwhile")
     shown = terminal.getvalue()
     assert "━" in shown
+    assert "✓ sft ▸ dpo · lora" in shown
+    assert "█▁▁" in shown  # the loss
     assert "5/10" in shown
+    assert "50 s left, 5:50 of all training" in shown
     assert "said meanwhile\n" in shown
 
 

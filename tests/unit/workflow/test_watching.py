@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sevenfold.base import storage
+from sevenfold.base import console, storage
 from sevenfold.base.config import to_plain
 from sevenfold.base.records import Run, write_run
 from sevenfold.workflow import cli, pipeline, watching
 from sevenfold.workflow.recipe import resolve
-from sevenfold.workflow.remaining import progress, seconds_left
+from sevenfold.workflow.remaining import progress, seconds_left, steps_after
 
 
 @pytest.fixture
@@ -50,6 +51,17 @@ def test_the_time_left_is_that_of_all_stages_each_at_its_own_rate(run: Run) -> N
     assert seconds_left(stages[:1]) == 0
     assert seconds_left(stages[2:]) is None  # neither has shown how fast it is
     assert watching.current(stages) is stages[1]
+
+
+def test_what_comes_after_a_stage_is_told_in_its_own_steps(run: Run) -> None:
+    stages = progress(run)
+    assert steps_after(stages, "sft", 768) == 300 + 700
+    assert steps_after(stages, "sft", 1536) == (300 + 700) / 2
+    assert steps_after(stages, "lora", 768) == 0
+    unknown = [*stages[:3], dataclasses.replace(stages[3], num_steps=None)]
+    assert steps_after(unknown, "sft", 768) is None
+    strip = watching.stage_strip(stages, "dpo").plain
+    assert strip == " ✓ pretrain  ▸ sft 200/800  ▸ dpo  · lora ".replace(" 200/800", "")
 
 
 def test_a_length_that_the_data_decide_is_unknown_until_they_are_there(run: Run) -> None:
@@ -88,9 +100,9 @@ def test_the_picture_has_a_strip_and_curves(run: Run) -> None:
 
 
 def test_a_sparkline_is_the_mean_of_each_share() -> None:
-    assert watching.sparkline([1.0, 2.0, 3.0]) == "▁▅█"
-    assert watching.sparkline([5.0] * 100) == "▁" * 48
-    assert watching.sparkline([0.0, 2.0, 7.0, 7.0], width=2) == "▁█"
+    assert console.sparkline([1.0, 2.0, 3.0]) == "▁▅█"
+    assert console.sparkline([5.0] * 100) == "▁" * 48
+    assert console.sparkline([0.0, 2.0, 7.0, 7.0], width=2) == "▁█"
 
 
 def test_it_follows_until_interrupted(
