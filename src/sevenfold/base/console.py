@@ -335,8 +335,9 @@ class TrainingProgress:
         if row.get("loss") is None:
             return
         step = int(row["step"])
-        facts = describe_step({**self._held_out, **row})
-        facts += self._time_left(step)
+        hidden = CURVES.keys() - {"loss"} if self._bar else ()  # drawn above the bar
+        shown = {name: value for name, value in row.items() if name not in hidden}
+        facts = describe_step({**self._held_out, **shown}) + self._time_left(step)
         if self._bar is not None:
             if len(self._rows) >= MOST_ROWS_DRAWN:  # every second will do for a picture this small
                 del self._rows[::2]
