@@ -9,7 +9,7 @@ import torch
 
 from sevenfold.base import records, storage
 from sevenfold.base.errors import CheckpointError
-from sevenfold.model import attention, llama
+from sevenfold.model import attention, float8, llama
 from sevenfold.model import lora as adapters
 from sevenfold.objective.next_token import NEXT_TOKEN, Scorer
 from sevenfold.train import loop, resuming
@@ -61,7 +61,11 @@ def _export(job: training.Job, trained: dict[str, torch.Tensor]) -> None:
     """
     _require_same_base(job)
     whole = adapters.add_adapter(llama.load_model(job.source.folder), job.recipe.lora.adapter)
-    weights = {name.removeprefix("model."): tensor for name, tensor in trained.items()}
+    weights = {
+        name.removeprefix("model."): tensor
+        for name, tensor in trained.items()
+        if not name.endswith(float8.HISTORY)
+    }
     found = whole.load_state_dict(weights, strict=False)
     odd = [*found.unexpected_keys, *(name for name in found.missing_keys if "lora_" in name)]
     assert not odd, odd

@@ -14,6 +14,7 @@ import torch
 from sevenfold.base import faults, storage
 from sevenfold.base.errors import CheckpointError
 from sevenfold.base.records import Run, Source
+from sevenfold.model import float8
 from sevenfold.model.config import InitConfig, LoRAAdapterConfig, ModelConfig
 from sevenfold.model.llama import initialize, load_model, save_model
 from sevenfold.model.lora import add_adapter, load_adapter
@@ -90,6 +91,16 @@ def test_the_merged_model_says_what_the_adapter_says(
     adapted = load_adapter(base, job.folder / "adapter", base_fingerprint=job.source.fingerprint)
     assert (logits(adapted) - plain).abs().max() > 1e-2
     assert (logits(load_model(job.run.model("lora"))) - logits(adapted)).abs().max() <= 1e-5
+
+
+def test_the_scales_of_fp8_stay_out_of_the_adapter(
+    job: Any, trained: dict[str, torch.Tensor]
+) -> None:
+    lora._export(job, trained)
+    plain = fingerprints(job)
+    history = {f"model.base_model.model.model.{float8.HISTORY}": torch.ones(3, 16)}
+    lora._export(job, {**trained, **history})
+    assert fingerprints(job) == plain
 
 
 @pytest.mark.fault("J02")
