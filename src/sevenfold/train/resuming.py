@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from sevenfold.base.errors import CheckpointError, UsageError
+from sevenfold.model import float8
 from sevenfold.train import checkpoint, parallel
 from sevenfold.train.config import HARMLESS
 
@@ -96,11 +97,18 @@ def latest(bench: Workbench) -> checkpoint.Snapshot | None:
 def restore(bench: Workbench, snapshot: checkpoint.Snapshot) -> None:
     """Put weights, optimizer, random states and counters back.
 
+    A history of FP8 that only one side has is left out: by force, training goes on in another
+    precision, and FP8 then seeks its scales anew.
+
     Errors:
         CheckpointError: it is another model's.
     """
     _require_same_tensors(bench, snapshot)
-    parallel.scatter_model(bench.scorer, snapshot.model, bench.processes)
+    names = trained_names(bench.scorer)
+    if not any(name.endswith(float8.HISTORY) for name in snapshot.model):
+        float8.forget_history(bench.scorer)
+    known = {name: tensor for name, tensor in snapshot.model.items() if name in names}
+    parallel.scatter_model(bench.scorer, known, bench.processes)
     bench.optimizer.state.clear()
     bench.optimizer.zero_grad(set_to_none=True)
     parallel.scatter_optimizer(
@@ -132,14 +140,16 @@ def trained_names(scorer: nn.Module) -> set[str]:
 
 def _require_same_tensors(bench: Workbench, snapshot: checkpoint.Snapshot) -> None:
     where: Path = bench.checkpoints.path(snapshot.step)
-    names = trained_names(bench.scorer)
-    if odd := sorted(set(snapshot.model) ^ names):
+    different = set(snapshot.model) ^ trained_names(bench.scorer)
+    if odd := sorted(name for name in different if not name.endswith(float8.HISTORY)):
         raise CheckpointError(
             f"{where}: tensor {odd[0]} is in only one of checkpoint and model; start the stage "
             "again with --no-resume"
         )
     present: dict[str, Tensor] = bench.scorer.state_dict()
     for name, tensor in snapshot.model.items():
+        if name not in present:
+            continue
         found = f"{tuple(tensor.shape)} {tensor.dtype}"
         expected = f"{tuple(present[name].shape)} {present[name].dtype}"
         if found != expected:

@@ -16,7 +16,7 @@ from sevenfold.base.errors import StoppedError
 from sevenfold.model import float8
 from sevenfold.model.float8 import convert_to_float8
 from sevenfold.objective.next_token import NEXT_TOKEN, Objective
-from sevenfold.train import loop
+from sevenfold.train import loop, resuming
 from sevenfold.train.config import Duration
 from sevenfold.train.recovery import StopRequest
 
@@ -125,3 +125,26 @@ def test_validation_changes_no_scale(tmp_path: Path) -> None:
     first = loop.validation_loss(made)
     assert loop.validation_loss(made) == first
     assert torch.equal(history(made), before)
+
+
+@pytest.mark.fault("C13")
+def test_by_force_it_goes_on_in_another_precision_and_back(tmp_path: Path) -> None:
+    def made_in(precision: str, **settings: Any) -> loop.Workbench:
+        config = dataclasses.replace(SHORT, precision=precision, **settings)
+        model = tiny_model()
+        if precision == "fp8":
+            convert_to_float8(model, emulate=True)
+        return test_loop.bench(tmp_path, model=model, config=config, resume=False)
+
+    loop.fit(made_in("bf16"))
+    for precision, steps in (("fp8", 9), ("bf16", 12)):
+        made = made_in(precision, duration=Duration(steps=steps))
+        made.identity = {"config": {"precision": precision}}
+        assert resuming.resume(made, force="to see")
+        assert float8.has_history(made.scorer) == (precision == "bf16")
+        loop.fit(made)
+        assert made.guard.num_skipped == 0
+        assert float8.has_history(made.scorer)
+    rows = [row for row in made.metrics.read() if "event" not in row]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert rows[-1]["loss"] < rows[0]["loss"]
