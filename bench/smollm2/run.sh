@@ -25,7 +25,7 @@ run=(--run run)
 [ -f run/run.json ] || run+=(--preset smollm2)
 sevenfold() {
     echo "== $1, $SECONDS s" >&2
-    "$python" -m sevenfold.workflow.cli "$@" "${run[@]}" "${flags[@]}"
+    "$python" -m sevenfold.workflow.cli "$@" "${run[@]}" "${flags[@]}" || return
     run=(--run run)
 }
 judge() {

@@ -78,9 +78,11 @@ def bench(options: argparse.Namespace) -> None:
     if options.what in others:
         others[options.what](options)
         return
+    folder = options.folder / FOLDER
+    if os.environ.get("RANK", "0") == "0":
+        storage.remove_folder(folder)  # of a benchmark that was killed
     if steps.on_all_gpus(_arguments(options)):
         return
-    folder = options.folder / FOLDER
     # A folder that holds no run: what is measured is the preset, not what was made of it once.
     run, recipe = recipes.resolve(options.preset, options.config, options.set, folder)
     stage = options.what if options.what in TRAINING else "pretrain"

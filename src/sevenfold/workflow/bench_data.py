@@ -57,16 +57,17 @@ def bench(options: argparse.Namespace) -> None:
     if options.source and options.gigabytes:
         raise UsageError("--gigabytes says how much random text is made; leave it or --source out")
     folder = options.folder / FOLDER
+    storage.remove_folder(folder)  # of a benchmark that was killed
     _, recipe = recipes.resolve(options.preset, options.config, options.set, folder)
     most = options.workers or workers.usable_cores()
     cases: Iterator[dict[str, Any]]
-    if options.what == "load":
-        cases = _load(folder, recipe, options.steps or LOAD_STEPS)
-    else:
-        what = {"tokenize": _tokenize, "pack": _pack}[options.what]
-        made, size = _prepare(folder, recipe, options)
-        cases = what(folder, made, recipe, most, size)
     try:
+        if options.what == "load":
+            cases = _load(folder, recipe, options.steps or LOAD_STEPS)
+        else:
+            what = {"tokenize": _tokenize, "pack": _pack}[options.what]
+            made, size = _prepare(folder, recipe, options)
+            cases = what(folder, made, recipe, most, size)
         for case in cases:
             facts = {"case": options.what, **case, "cores": workers.usable_cores()}
             facts |= {"code": records.code_version(), "versions": records.package_versions()}
@@ -77,7 +78,6 @@ def bench(options: argparse.Namespace) -> None:
 
 def _prepare(folder: Path, recipe: Recipe, options: argparse.Namespace) -> tuple[Any, int]:
     """Write clean shards; return the recipe's tokenizer and how many characters were written."""
-    storage.remove_folder(folder)
     config = recipe.tokenizer
     with storage.new_folder(folder / "clean", kind="clean") as clean:
         size = 0

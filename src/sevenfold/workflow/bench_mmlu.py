@@ -69,6 +69,7 @@ def bench(options: argparse.Namespace) -> None:
     if len(options.source) > 1:
         raise UsageError("bench mmlu reads one file; leave the other --source out")
     folder = options.folder / FOLDER
+    storage.remove_folder(folder)  # of a benchmark that was killed
     run, recipe = recipes.resolve(options.preset, options.config, options.set, folder)
     try:
         for case in _cases(folder, recipe, options.source):
@@ -81,7 +82,6 @@ def bench(options: argparse.Namespace) -> None:
 
 
 def _cases(folder: Path, recipe: Recipe, source: list[Path]) -> Iterator[dict[str, Any]]:
-    storage.remove_folder(folder)
     if not source:
         rows = random_texts.random_questions(NUM_ITEMS, seed=SEED)
         _write(folder / "random.jsonl", rows)

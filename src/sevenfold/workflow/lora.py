@@ -9,6 +9,7 @@ import torch
 
 from sevenfold.base import records, storage
 from sevenfold.base.errors import CheckpointError
+from sevenfold.base.hardware import release_memory
 from sevenfold.model import attention, float8, llama
 from sevenfold.model import lora as adapters
 from sevenfold.objective.next_token import NEXT_TOKEN, Scorer
@@ -82,6 +83,8 @@ def _export(job: training.Job, trained: dict[str, torch.Tensor]) -> None:
 def _four_bits(job: training.Job, bench: loop.Workbench) -> dict[str, dict[str, float]]:
     """Return what the four bits cost: held-out losses on the base trained on, and once merged."""
     trained_on = loop.validation_loss(bench)
+    bench.scorer.cpu()  # a GPU that has room for four bits may have none for both
+    release_memory()
     model = llama.load_model(
         job.run.model("lora"),
         workbench.DTYPES[job.config.weights],

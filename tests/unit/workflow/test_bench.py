@@ -95,6 +95,9 @@ def test_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    killed = tmp_path / bench.FOLDER / "step-00000099"
+    killed.mkdir(parents=True)
+    (killed / "state.json").write_text("{}")
     (line,) = run("resume", tmp_path, capsys, "--length", "8")
     assert line["seq_len"] == 8
     assert line["identical"] is True

@@ -18,7 +18,12 @@ SETTINGS = ("--set", "pack.row_length=256", "--gigabytes", "0.0003")
 def run(
     what: str, folder: Path, capsys: pytest.CaptureFixture[str], *flags: str
 ) -> list[dict[str, Any]]:
-    """Run the verb; every line on standard output must be one JSON object of a case."""
+    """Run the verb; every line on standard output must be one JSON object of a case.
+
+    What one that was killed has left is in nobody's way.
+    """
+    (folder / bench_data.FOLDER / "clean").mkdir(parents=True)
+    (folder / bench_data.FOLDER / "clean" / "train-00000.jsonl").write_text("{}")
     code = cli.execute(["bench", what, "--folder", str(folder), *flags])
     printed = capsys.readouterr()
     assert code == 0, printed.err

@@ -62,6 +62,9 @@ def test_each_question_is_read_once_and_both_ways_agree(
 
 def test_items_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path / "mmlu.jsonl", 4)
+    killed = tmp_path / "b" / bench_mmlu.FOLDER / bench_mmlu.ITEMS
+    killed.parent.mkdir(parents=True)
+    killed.write_text("left by one that was killed")
     cases = run(tmp_path / "b", capsys, "--source", str(file))
     assert isinstance(cases, list)
     assert cases[0]["items"] == 4
