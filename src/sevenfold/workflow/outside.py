@@ -10,7 +10,7 @@ from typing import Any
 
 from sevenfold.base import records, storage
 from sevenfold.base.console import print_line
-from sevenfold.base.errors import GateRefusedError, SevenfoldError, UsageError
+from sevenfold.base.errors import BadDataError, GateRefusedError, SevenfoldError, UsageError
 from sevenfold.data.tokenizer import load_tokenizer
 from sevenfold.model import llama
 from sevenfold.model.config import describe_folder
@@ -32,7 +32,8 @@ def take_in(run: records.Run, recipe: Recipe, stage: str, folder: Path, force: s
     Errors:
         UsageError: it is no complete Hugging Face folder, its rows are longer than the model
             reads, or the run has another model in that place.
-        BadDataError: its tokenizer has more entries than the model has rows.
+        BadDataError: its tokenizer has more entries than the model has rows, or a file of its
+            weights is missing or cut short.
     """
     before = records.STAGES[records.STAGES.index(stage) - 1]
     if before == "init":
@@ -45,7 +46,7 @@ def take_in(run: records.Run, recipe: Recipe, stage: str, folder: Path, force: s
             f"{folder}: the model reads {config.max_seq_len} tokens, but {stage}.data.max_length "
             f"is {longest}; lower it to that"
         )
-    llama.require_safetensors(folder)
+    _require_whole(folder)
     llama.check_vocabulary(load_tokenizer(folder), folder, config.vocab_size, exact=False)
     _copy(run, before, folder, training.outside_fingerprint(folder))
     try:
@@ -56,6 +57,22 @@ def take_in(run: records.Run, recipe: Recipe, stage: str, folder: Path, force: s
         if force is None:
             raise
         log.warning("%s; gone on by force", problem)
+
+
+def _require_whole(folder: Path) -> None:
+    """Refuse a folder whose download did not finish, before it takes a stage's place."""
+    from safetensors import SafetensorError, safe_open
+
+    llama.require_safetensors(folder)
+    paths = set(folder.glob(WEIGHTS[0]))
+    for index in folder.glob(WEIGHTS[1]):
+        paths |= {folder / name for name in storage.read_json(index).get("weight_map", {}).values()}
+    for path in sorted(paths):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise BadDataError(f"{path}: not whole ({error}); download the model again") from error
 
 
 def _copy(run: records.Run, stage: str, folder: Path, identity: str) -> None:

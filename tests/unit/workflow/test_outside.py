@@ -208,6 +208,12 @@ def test_folders_that_cannot_be_started_from_are_refused(
     assert "other weight files are not read; convert the model with save_p" in refusal(
         pickled, config
     )
+    halved, cut = broken("halved"), broken("cut")
+    (halved / "model-00002-of-00008.safetensors").unlink()
+    assert "00002-of-00008.safetensors: not whole (No such file" in refusal(halved, config)
+    shard = cut / "model-00002-of-00008.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert "not fully covered); download the model again" in refusal(cut, config)
     silent = broken("silent")
     (silent / "tokenizer.json").unlink()
     assert "no tokenizer.json here; name a folder that holds a fast tok" in refusal(silent, config)
