@@ -272,7 +272,8 @@ def verify_folder(
     listed |= {CARD} if manifest.get("kind") == "model" else set()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in listed and not path.name.startswith("."):
+        is_file = path.is_file() or path.is_symlink()
+        if is_file and name not in listed and not path.name.startswith("."):
             if exact:  # libraries also read what we did not write
                 raise error(f"{path}: not one of the files that {MANIFEST} lists; remove it")
             log.warning("%s: not one of the files that %s lists", path, MANIFEST)

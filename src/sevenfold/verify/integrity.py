@@ -7,6 +7,7 @@ So a changed byte, a missing file and one too many are each found by one look at
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,26 +57,41 @@ class Examined:
 def examine(run: Path) -> Examined:
     """Look at every file of the run in ``run``; files are hashed once."""
     found = Examined()
-    folders = {path.parent for path in run.rglob(storage.MANIFEST) if not _is_left_out(path, run)}
+    files = [path for path in _files(run) if not _is_left_out(path, run)]
+    folders = {path.parent for path in files if path.name == storage.MANIFEST}
     for folder in sorted(folders):
         _folder(found, folder, _error(folder, run))
-    for path in sorted(run.rglob("*")):
-        if not path.is_file() or _is_left_out(path, run) or not folders.isdisjoint(path.parents):
+    for path in files:
+        if not folders.isdisjoint(path.parents):
             continue
         known = IN_STAGE if _is_stage(path.parent, run) else IN_RUN if path.parent == run else ()
-        if path.name in known:
+        if path.name in known and path.is_file():
             _alone(found, path)
         else:
             found.problems |= _unknown(path, run)
     for stage in sorted(p for p in run.iterdir() if p.is_dir() and _is_stage(p, run)):
         found.problems |= {p: e for p, e in _listed(stage) if p not in found.problems}
     if not found.is_old:
+        found.problems |= {p: e for p, e in _made_from(run) if p not in found.problems}
         for path in found.unsealed:
             found.problems[path] = _error(path, run)(
                 f"{path}: its seal is damaged or missing; if a version before seals wrote it, run "
                 "the step that makes it again"
             )
     return found
+
+
+def _files(run: Path) -> list[Path]:
+    """Return all below ``run`` that is no folder; a folder may be a link to another disk."""
+    found: list[Path] = []
+    for name, folders, files in os.walk(run, followlinks=True):
+        here = Path(name)
+        if here.is_symlink() and here.resolve() in [p.resolve() for p in here.parents]:
+            folders.clear()  # a link to a folder that it lies in leads round and round
+            found.append(here)
+            continue
+        found += [here / file for file in files]
+    return sorted(found)
 
 
 def _is_left_out(path: Path, run: Path) -> bool:
@@ -172,6 +188,46 @@ def _listed(stage: Path) -> Iterator[tuple[Path, SevenfoldError]]:
         if (stage / name).is_file() and name not in listed:
             told = f"{stage / name}: {path} does not list it; run step 11, then 12, again"
             yield stage / name, BadDataError(told)
+
+
+def _made_from(run: Path) -> Iterator[tuple[Path, SevenfoldError]]:
+    """Yield the manifests that are gone of folders from which something that is there was made.
+
+    That another folder has come in its place is no damage: ``lineage`` tells.
+    """
+    wanted: dict[Path, str] = {}
+    folders = {name: run / "data" / name for name in ("raw", "clean")}
+    folders["tokenizer"] = run / "tokenizer"
+    for folder in (folders["tokenizer"], *sorted(run.glob("data/[!.]*"))):
+        for name in _inputs(folder / storage.MANIFEST) & folders.keys():
+            wanted[folders[name]] = folder.relative_to(run).as_posix()
+    for index, stage in enumerate(STAGES):
+        path = run / stage / RECORD
+        inputs, record = _inputs(path), _readable(path)
+        if "tokenizer" in inputs:
+            wanted[folders["tokenizer"]] = stage
+        if "model" in inputs and index and not record.get("external"):
+            wanted[run / STAGES[index - 1] / "model"] = stage
+        if "data" in inputs and "data_sources" not in record:  # which data from outside have
+            wanted[run / "data" / ("packed" if stage == "pretrain" else stage)] = stage
+    for folder, heir in wanted.items():
+        if not (folder / storage.MANIFEST).is_file():
+            told = f"{folder}: missing, though {heir} was made from it; put it back"
+            yield folder / storage.MANIFEST, BadDataError(told)
+
+
+def _inputs(path: Path) -> set[str]:
+    inputs = _readable(path).get("inputs")
+    return set(inputs) if isinstance(inputs, Mapping) else set()
+
+
+def _readable(path: Path) -> Mapping[str, Any]:
+    """Return the object in ``path``; nothing where that is damaged, which is told by itself."""
+    try:
+        found = storage.read_json(path) if path.is_file() else {}
+    except BadDataError:
+        return {}
+    return found if isinstance(found, Mapping) else {}
 
 
 def _sha256(record: Mapping[str, Any]) -> dict[str, str]:

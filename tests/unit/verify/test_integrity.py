@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,46 @@ def test_a_stage_that_was_set_aside_is_looked_at_too(run: Run) -> None:
     lines.write_bytes(lines.read_bytes().replace(b"1", b"7", 1))
     [problem] = problems(run)
     assert "metrics.jsonl:1: not as written" in problem
+
+
+def test_a_folder_that_is_gone_and_something_was_made_from_it(run: Run) -> None:
+    made = {run.tokenizer: {}, run.data("packed"): {"tokenizer": "a"}, run.data("sft"): {}}
+    for folder, inputs in made.items():
+        with storage.new_folder(folder, kind="any", inputs=inputs) as new:
+            (new / "rows.npy").write_bytes(b"rows")
+    record = {**run.record(STAGE), "inputs": {"model": "a", "data": "a"}}
+    run.write_record(STAGE, {**record, "external": True})
+    assert problems(run) == []
+    shutil.rmtree(run.data("sft"))
+    shutil.rmtree(run.tokenizer)
+    assert problems(run) == [
+        f"{run.tokenizer}: missing, though data/packed was made from it; put it back",
+        f"{run.data('sft')}: missing, though sft was made from it; put it back",
+    ]
+    run.write_record(STAGE, record | {"data_sources": []})
+    assert problems(run) == [
+        f"{run.tokenizer}: missing, though data/packed was made from it; put it back",
+        f"{run.model('pretrain')}: missing, though sft was made from it; put it back",
+    ]
+
+
+def test_a_folder_on_another_disk_is_looked_at_through_its_link(run: Run, tmp_path: Path) -> None:
+    run.model(STAGE).rename(tmp_path / "elsewhere")
+    run.model(STAGE).symlink_to(tmp_path / "elsewhere")
+    assert problems(run) == []
+    (tmp_path / "elsewhere" / "model.safetensors").write_bytes(b"weirdos")
+    [problem] = problems(run)
+    assert "model.safetensors: its SHA-256 is not the manifest's" in problem
+
+
+@pytest.mark.parametrize("target", ["nowhere", "..", "/etc"])
+@pytest.mark.parametrize("place", [".", "sft", "sft/model"])
+def test_a_link_that_nothing_lists(run: Run, target: str, place: str) -> None:
+    link = run.folder / place / "link"
+    link.symlink_to(target)
+    found = problems(run)
+    assert found
+    assert all(str(link) in problem for problem in found)
 
 
 def test_a_seal_that_was_taken_off(run: Run) -> None:
