@@ -27,6 +27,8 @@ SCRIPTS = {
     "dpo": "scripts/09_dpo.py",
     "lora": "scripts/10_lora.py",
 }
+# In run.json: every file of the run that stands alone has a seal, as it was begun with them.
+SEALED = "sealed"
 # What a verdict rests on, and under which key record.json keeps its SHA-256.
 EVIDENCE = {"evaluation.json": "evaluation_sha256", "evaluation_items.jsonl": "items_sha256"}
 # The oldest versions without a known hole in what we do with them, and what the hole is.
@@ -130,11 +132,12 @@ def open_run(folder: Path) -> Run:
 def write_run(folder: Path, *, preset: str, recipe: Mapping[str, Any]) -> Run:
     """Write ``run.json`` for a new run, or with changed settings for an existing one."""
     path = folder / "run.json"
-    created = storage.read_json(path)["created_at_s"] if path.is_file() else time.time()
+    known = storage.read_json(path) if path.is_file() else None
     facts = {
         "preset": preset,
         "fingerprint": fingerprint(recipe),
-        "created_at_s": created,
+        "created_at_s": time.time() if known is None else known["created_at_s"],
+        SEALED: known is None or known.get(SEALED) is True,
         "code": code_version(),
         "versions": package_versions(),
         "recipe": dict(recipe),

@@ -15,7 +15,7 @@ from typing import Any
 
 from sevenfold.base import seals, storage
 from sevenfold.base.errors import BadDataError, CheckpointError, SevenfoldError
-from sevenfold.base.records import EVIDENCE, STAGES
+from sevenfold.base.records import EVIDENCE, SEALED, STAGES
 
 IN_RUN = frozenset(("run.json", "report.html", "data_card.json"))
 ITEMS, METRICS = "evaluation_items.jsonl", "metrics.jsonl"
@@ -40,23 +40,22 @@ NOT_MISSED = {
 
 @dataclass
 class Examined:
-    """What was found: problems by file, and files that an earlier version left without a seal."""
+    """What was found: problems by file, and files without a seal.
 
+    These are no problem in a run that ``is_old``: begun by a version that sealed nothing.
+    """
+
+    is_old: bool
     num_folders: int = 0
     num_files: int = 0
-    num_sealed: int = 0
     problems: dict[Path, SevenfoldError] = field(default_factory=dict)
     unsealed: list[Path] = field(default_factory=list)
-
-    @property
-    def is_old(self) -> bool:
-        """True if nothing in the run has a seal: it was written before there were any."""
-        return not self.num_sealed
 
 
 def examine(run: Path) -> Examined:
     """Look at every file of the run in ``run``; files are hashed once."""
-    found = Examined()
+    facts = _readable(run / "run.json")
+    found = Examined(is_old=bool(facts) and facts.get(SEALED) is not True)
     files = [path for path in _files(run) if not _is_left_out(path, run)]
     folders = {path.parent for path in files if path.name == storage.MANIFEST}
     for folder in sorted(folders):
@@ -75,8 +74,8 @@ def examine(run: Path) -> Examined:
         found.problems |= {p: e for p, e in _made_from(run) if p not in found.problems}
         for path in found.unsealed:
             found.problems[path] = _error(path, run)(
-                f"{path}: its seal is damaged or missing; if a version before seals wrote it, run "
-                "the step that makes it again"
+                f"{path}: its seal is damaged or missing; put it back as it was, or run the step "
+                "that makes it again"
             )
     return found
 
@@ -153,7 +152,6 @@ def _alone(found: Examined, path: Path) -> None:
 def _seal(found: Examined, path: Path) -> None:
     found.num_files += 1
     seal = seals.look(path.read_bytes())
-    found.num_sealed += seal == "right"
     if seal == "none":
         found.unsealed.append(path)
     if seal == "wrong":

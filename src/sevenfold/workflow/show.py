@@ -87,14 +87,14 @@ def verify(options: argparse.Namespace) -> None:
         if all(isinstance(problem, CheckpointError) for problem in problems):
             raise CheckpointError(told)
         raise BadDataError(told)
-    if found.is_old:
+    if found.unsealed:
         names = ", ".join(sorted({path.name for path in found.unsealed}))
         console.print_line(
-            f"{run.folder}: written before files that stand alone had a seal, so "
+            f"{run.folder}: begun before files that stand alone had a seal, so "
             f"{len(found.unsealed)} of them could not be checked: {names}",
             style="yellow",
         )
-    checked = found.num_files - (len(found.unsealed) if found.is_old else 0)
+    checked = found.num_files - len(found.unsealed)
     console.print_line(
         f"{run.folder}: {found.num_folders} folders, {checked} files, all as written"
     )

@@ -143,10 +143,17 @@ def test_a_seal_that_was_taken_off(run: Run) -> None:
     assert problem.startswith(f"{path}: its seal is damaged or missing")
 
 
+def test_an_empty_file_for_the_run_itself(run: Run) -> None:
+    (run.folder / "run.json").write_bytes(b"")
+    assert problems(run)
+
+
 def test_a_run_of_a_version_before_seals(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing is called damaged that could not be checked, and it is said what that is."""
     for path in run.folder.rglob("*.json"):
-        path.write_text(json.dumps(storage.read_json(path)))
+        kept = storage.read_json(path)
+        kept.pop("sealed", None)
+        path.write_text(json.dumps(kept))
     lines = run.stage(STAGE) / "metrics.jsonl"
     lines.write_text('{"step": 1}\n')
     record = storage.read_json(run.stage(STAGE) / "record.json")
@@ -154,8 +161,13 @@ def test_a_run_of_a_version_before_seals(run: Run, capsys: pytest.CaptureFixture
     (run.stage(STAGE) / "record.json").write_text(json.dumps(record))
     assert cli.execute(["verify", str(run.folder)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "written before files that stand alone had a seal, so 6 of them could not" in printed
+    assert "begun before files that stand alone had a seal, so 6 of them could not" in printed
     assert "manifest.json, metrics.jsonl, record.json, recovery.json, run.json" in printed
     assert "2 folders, 2 files, all as written" in printed
+    # This version goes on with it, and seals what it writes.
+    write_run(run.folder, preset="demo", recipe={"seed": 2})
+    storage.write_sealed_text(run.folder / "report.html", "<html></html>")
+    assert cli.execute(["verify", str(run.folder)]) == 0
+    assert "so 5 of them could not" in " ".join(capsys.readouterr().out.split())
     (run.model(STAGE) / "model.safetensors").write_bytes(b"weirdos")
     assert cli.execute(["verify", str(run.folder)]) == 4
