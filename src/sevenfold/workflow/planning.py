@@ -10,7 +10,7 @@ from sevenfold.base import console
 from sevenfold.base.hardware import GPUInfo, detect_gpu_type
 from sevenfold.base.records import GATED_STAGES, Run
 from sevenfold.model.config import ModelConfig, describe_folder
-from sevenfold.train import planner
+from sevenfold.train import launch, planner
 from sevenfold.train.config import TrainConfig
 from sevenfold.workflow.recipe import Recipe
 from sevenfold.workflow.remaining import num_steps, train_config
@@ -123,11 +123,20 @@ def require_room(run: Run, recipe: Recipe, stage: str, start_from: Path | None =
 
     Errors:
         UsageError: no GPU where one is needed, one that cannot compute in the precision asked for,
-            or too little memory; with the numbers.
+            no package for four bits, or too little memory; with the numbers.
     """
-    decide(train_config(recipe, stage))
+    _require_computable(recipe, stage)
     model = None if start_from is None else describe_folder(start_from)
     planner.require_room(plan_stage(run, recipe, stage, model=model).plan, detect_gpu_type())
+
+
+def _require_computable(recipe: Recipe, stage: str) -> None:
+    """Refuse a precision, or four bits, that cannot be had here."""
+    decide(train_config(recipe, stage))
+    if stage == "lora" and recipe.lora.base == "nf4":
+        from sevenfold.workflow.workbench import require_four_bits
+
+        require_four_bits(launch.num_processes_to_start())
 
 
 def dry_run(
@@ -147,7 +156,7 @@ def dry_run(
         print_plan(each)
     gpu = detect_gpu_type()
     for each in planned:
-        decide(train_config(recipe, each.stage))
+        _require_computable(recipe, each.stage)
         planner.require_room(each.plan, gpu)
     if planned and gpu["num_gpus"] and model is None:
         worst = max(planned, key=lambda each: each.plan.peak_gib)

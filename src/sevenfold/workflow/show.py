@@ -21,9 +21,10 @@ from sevenfold.verify import lineage as lineages
 from sevenfold.verify.data_card import sources as data_sources
 
 EXTRAS = {
-    "torchao": ("fp8", "FP8 training"),
+    "torchao": ("fp8", "FP8 on several GPUs"),
     "liger-kernel": ("kernels", "fused RoPE, norm and SwiGLU"),
     "cut-cross-entropy": ("kernels", "loss without logits in memory"),
+    "bitsandbytes": ("qlora", "LoRA on a base in four bits"),
     "datatrove": ("data", "large-scale cleaning"),
     "lm-eval": ("eval", "the usual benchmarks"),
     "gguf": ("gguf", "models for llama.cpp"),

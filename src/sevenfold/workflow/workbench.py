@@ -88,17 +88,27 @@ def require_effect(wanted: KernelConfig, model_type: str) -> None:
         )
 
 
-def freeze(model: Any, config: TrainConfig, processes: parallel.Processes) -> float:
-    """Put a base into four bits on this process's device; return how far its weights are off.
+def require_four_bits(num_processes: int) -> None:
+    """Do nothing if a base can be kept in four bits here.
 
     Errors:
         UsageError: there are several processes, or bitsandbytes is missing.
     """
-    if processes.world > 1:
+    if num_processes > 1:
         raise UsageError(
-            f"lora.base nf4 trains on one GPU, and {processes.world} processes are here; set "
+            f"lora.base nf4 trains on one GPU, and {num_processes} processes are here; set "
             "lora.base=full, or show one GPU with CUDA_VISIBLE_DEVICES=0"
         )
+    four_bits.require_four_bits()
+
+
+def freeze(model: Any, config: TrainConfig, processes: parallel.Processes) -> float:
+    """Put a base into four bits on this process's device; return how far its weights are off.
+
+    Errors:
+        UsageError: as :func:`require_four_bits`.
+    """
+    require_four_bits(processes.world)
     compute = torch.float32 if config.precision == "fp32" else torch.bfloat16
     return four_bits.freeze_in_four_bits(model, processes.device, compute)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +15,8 @@ from torch._functorch import config as functorch
 from sevenfold.base.errors import UsageError
 from sevenfold.model.config import KernelConfig
 from sevenfold.train import parallel
+from sevenfold.workflow import cli, training, workbench
 from sevenfold.workflow import recipe as recipes
-from sevenfold.workflow import training, workbench
 
 
 class Layer:
@@ -111,6 +113,17 @@ def test_four_bits_train_on_one_gpu() -> None:
     two = parallel.Processes(rank=0, world=2, device=torch.device("cpu"))
     with pytest.raises(UsageError, match=r"2 processes are here; set lora\.base=full, or show one"):
         workbench.freeze(None, recipe.lora.train, two)
+
+
+def test_four_bits_that_cannot_be_had_are_refused_before_the_first_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    command = ["run", "--run", str(tmp_path / "run"), "--set", "lora.base=nf4"]
+    for flags in ([], ["--dry-run"]):
+        assert cli.execute([*command, *flags]) == 2
+        assert "pip install 'sevenfold[qlora]', or set lora.base=full" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "data").exists()
 
 
 def test_four_bits_are_not_computed_in_fp8() -> None:
