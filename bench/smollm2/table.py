@@ -2,8 +2,8 @@
 
     python bench/smollm2/table.py RUN
 
-The change is against the stage before, on the same items, with the interval of the paired bootstrap
-that the gates use; a star stands where 0 is outside it.
+The change is against the stage before, on the same items, with the interval that the gates
+use; a star stands where 0 is outside it.
 """
 
 from __future__ import annotations

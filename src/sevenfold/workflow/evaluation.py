@@ -82,6 +82,7 @@ def evaluate_stage(run: Run, recipe: Recipe, stage: str) -> dict[str, Any]:
     folder = run.stage(stage)
     storage.write_text(folder / ITEMS, "".join(f"{line}\n" for line in lines))
     storage.write_json(folder / EVALUATION, evaluation)
+    storage.remove_file(folder / judging.JUDGED)  # it speaks of other answers, or is asked anew
     evidence = {key: storage.sha256_file(folder / name) for name, key in EVIDENCE.items()}
     run.write_record(stage, {**record, "evidence": evidence})
     columns = ("metric", "value", "low", "high", "n")

@@ -222,6 +222,13 @@ def test_a_judge_changes_nothing_that_a_gate_reads(
     assert evaluation.read_evidence(run, settings, "sft").problem is None
 
 
+def test_a_judges_opinion_of_earlier_answers_is_not_left_beside_new_ones(run: Run) -> None:
+    storage.write_json(run.stage("sft") / "judge.json", {"items_sha256": "of others"})
+    (run.stage("sft") / "evaluation.json").unlink()
+    evaluate_stage(run, recipe(), "sft")
+    assert not (run.stage("sft") / "judge.json").exists()
+
+
 def test_measured_anew_every_item_scores_the_same(run: Run) -> None:
     items = run.stage("sft") / "evaluation_items.jsonl"
     before = items.read_bytes()
