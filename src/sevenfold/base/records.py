@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sevenfold import __version__
-from sevenfold.base import storage
+from sevenfold.base import seals, storage
 from sevenfold.base.config import fingerprint
 from sevenfold.base.errors import BadDataError, GateRefusedError, UsageError, nearest
 
@@ -230,12 +230,17 @@ def open_promoted(run: Run, stage: str, *, force: str | None = None) -> Source:
             ``force`` this is recorded instead of raised.
     """
     record = run.record(stage)
+    path = run.stage(stage) / "record.json"
+    if run.facts.get(SEALED) is True and seals.look(path.read_bytes()) == "none":
+        raise BadDataError(
+            f"{path}: its seal is missing; put it back as it was, or move {path.parent} away and "
+            f"run {SCRIPTS[stage]}"
+        )
     folder = run.model(stage)
     found = storage.verify_folder(folder, exact=True)["fingerprint"]
     if record.get("fingerprint") != found:
         raise BadDataError(
-            f"{folder}: not the model that {run.stage(stage) / 'record.json'} is about; run "
-            f"{SCRIPTS[stage]} again"
+            f"{folder}: not the model that {path} is about; run {SCRIPTS[stage]} again"
         )
     if stage == "init":
         return Source(folder=folder, fingerprint=found, stage=stage)
@@ -298,6 +303,6 @@ def _refusal(run: Run, stage: str, found: str) -> str | None:
     for name, key in EVIDENCE.items():
         measured = run.stage(stage) / name
         known = evidence.get(key)
-        if known and not (measured.is_file() and storage.sha256_file(measured) == known):
+        if not (known and measured.is_file() and storage.sha256_file(measured) == known):
             return f"{measured}: not the evidence that the gate judged; {judge}"
     return None

@@ -26,6 +26,7 @@ from sevenfold.verify import gates, harness, model_card
 from sevenfold.verify.adapters import adapter_metrics
 from sevenfold.verify.config import EvaluateConfig, TaskConfig
 from sevenfold.verify.evaluate import Evaluation, evaluate_model
+from sevenfold.verify.judge import JUDGED
 from sevenfold.verify.likelihood import token_counts
 from sevenfold.verify.tasks import Task, read_task
 from sevenfold.workflow import contamination, judging
@@ -82,7 +83,7 @@ def evaluate_stage(run: Run, recipe: Recipe, stage: str) -> dict[str, Any]:
     folder = run.stage(stage)
     storage.write_text(folder / ITEMS, "".join(f"{line}\n" for line in lines))
     storage.write_json(folder / EVALUATION, evaluation)
-    storage.remove_file(folder / judging.JUDGED)  # it speaks of other answers, or is asked anew
+    storage.remove_file(folder / JUDGED)  # it speaks of other answers, or is asked anew
     evidence = {key: storage.sha256_file(folder / name) for name, key in EVIDENCE.items()}
     run.write_record(stage, {**record, "evidence": evidence})
     columns = ("metric", "value", "low", "high", "n")

@@ -32,6 +32,9 @@ def judge(run: records.Run, stage: str, verdict: dict[str, Any]) -> None:
     path = run.stage(stage) / "verdict.json"
     storage.write_json(path, verdict)
     evidence = {"verdict_sha256": storage.sha256_file(path)}
+    for name, key in records.EVIDENCE.items():
+        storage.write_text(run.stage(stage) / name, "measured")
+        evidence[key] = storage.sha256_file(run.stage(stage) / name)
     run.write_record(stage, {**run.record(stage), "evidence": evidence})
 
 
@@ -167,10 +170,6 @@ def test_edited_evidence_of_a_verdict_is_refused(run: records.Run, name: str) ->
     found = finish(run, "pretrain")
     judge(run, "pretrain", {"fingerprint": found, "promoted": True, "checks": []})
     path = run.stage("pretrain") / name
-    path.write_text("measured")
-    record = run.record("pretrain")
-    record["evidence"][records.EVIDENCE[name]] = storage.sha256_file(path)
-    run.write_record("pretrain", record)
     assert records.open_promoted(run, "pretrain").forced is None
     path.write_text("improved")
     message = f"{name}: not the evidence that the gate judged; run scripts/11_evaluate"
@@ -179,6 +178,23 @@ def test_edited_evidence_of_a_verdict_is_refused(run: records.Run, name: str) ->
     path.unlink()
     with pytest.raises(GateRefusedError, match=message):
         records.open_promoted(run, "pretrain")
+    record = run.record("pretrain")
+    del record["evidence"][records.EVIDENCE[name]]
+    run.write_record("pretrain", record)
+    with pytest.raises(GateRefusedError, match=message):
+        records.open_promoted(run, "pretrain")
+
+
+@pytest.mark.fault("K07")
+def test_a_record_whose_seal_was_taken_off_opens_nothing(run: records.Run) -> None:
+    found = finish(run, "pretrain")
+    judge(run, "pretrain", {"fingerprint": found, "promoted": True, "checks": []})
+    path = run.stage("pretrain") / "record.json"
+    path.write_text(json.dumps(run.record("pretrain")))
+    with pytest.raises(BadDataError, match=r"seal is missing; .* away and run scripts/05_pretrain"):
+        records.open_promoted(run, "pretrain")
+    begun_before_seals = records.Run(folder=run.folder, facts={**run.facts, "sealed": False})
+    assert records.open_promoted(begun_before_seals, "pretrain").forced is None
 
 
 def test_a_verdict_from_before_the_record_is_refused(run: records.Run) -> None:
