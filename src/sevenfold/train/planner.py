@@ -14,13 +14,10 @@ measured on one H100 with the 7B at 2048 tokens, 8-bit AdamW and CCE:
     fp8_torchao, micro-batch 4, 4        66 GiB    67.5 GiB   +2.2 %
     ===================================  ========  =========  ======
 
-One constant (``OVERHEAD_GIB``) was fitted to these six; the rest is counted. Measured since: our fp8
-with micro-batch 4, 72.0 GiB (73.0 predicted); bf16 with micro-batch 4 on each of two GPUs, 57.2 GiB
+One constant (``OVERHEAD_GIB``) was fitted to these six; the rest is counted. Measured since: our
+fp8 with micro-batch 4, 72.0 GiB (73.0 predicted); bf16 with micro-batch 4 on each of two GPUs, 57.2
 (58.1); 125 M fp32 weights under autocast, 12.2 GiB, where 15.3 were predicted. Recomputation, LoRA,
 four-bit bases and uncompiled layers follow from the same counting and may be further off.
-
-Letters in the formulas: h hidden size, f intermediate size, q and k width of all query and all
-key-value heads, n tokens in a micro-batch, v vocabulary.
 """
 
 from __future__ import annotations
