@@ -55,8 +55,9 @@ part() {
     model) tests 400 tests/gpu/test_model_gpu.py ;;
     memory) tests 300 $reliability -k "$memory" ;;
     resume-tests) tests 590 $reliability -k "not ($memory)" ;;
-    # C09, E04, A08, A09: the processes take a GPU each where there are several
-    parallel) tests 590 tests/unit/train/test_parallel.py -n 4 ;;
+    # C09, E04, A08, A09: the processes take a GPU each where there are several. Each compiles for the
+    # better part of a minute, so most tests run at once.
+    parallel) tests 590 tests/unit/train/test_parallel.py -n 12 ;;
     checkpoint) bench 590 checkpoint "${preset[@]}" --steps 4 --length 512 "${bf16[@]}" ;;
     bf16) bench 590 pretrain "${preset[@]}" --steps 6 "${lengths[@]}" "${bf16[@]}" ;;
     # Predicted: 18,000 tok/s and 73.0 GiB at 4 rows, 16,500 and 60.6 at 2.

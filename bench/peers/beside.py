@@ -27,7 +27,7 @@ import torch
 from sevenfold.data.packing import PackedConversations, PackedPreferences
 from sevenfold.data.random_rows import random_conversations, random_preferences
 from sevenfold.train.config import TrainConfig
-from sevenfold.workflow import planning, recipe, trial
+from sevenfold.workflow import recipe, remaining, trial
 
 WARM_UP = 2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -67,7 +67,7 @@ def ask(description: str, stages: tuple[str, ...]) -> Asked:
     parser.add_argument("--alone", action="store_true", help="measure the peer only")
     options = parser.parse_args()
     found = recipe.resolve(options.preset, options.config, options.set, Path(".peer"))[1]
-    config = planning.train_config(found, options.what)
+    config = remaining.train_config(found, options.what)
     return Asked(options.what, found, config, options)
 
 
