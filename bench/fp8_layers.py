@@ -1,9 +1,7 @@
 """Where the time of the 7B's layers goes: forward and backward, with gradients added up.
 
-    PYTHONPATH=src python bench/fp8_layers.py [bf16] [fp8] [fp8_torchao] [--micro-batch 4]
-                                              [--transpose]
-
-With --transpose a kernel of its own transposes FP8 tensors, apart from their casts.
+    PYTHONPATH=src python bench/fp8_layers.py [bf16_plain] [bf16] [fp8] [fp8_torchao]
+                                              [--micro-batch 4] [--cheap]
 
 One JSON line a precision: milliseconds a layer and micro-batch, seconds to compile, memory, and the
 kernels that take longest, in microseconds a layer. Needs a GPU; fp8 needs Hopper.
@@ -19,48 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._functorch import config as functorch
 
 from sevenfold.base.console import print_raw
-from sevenfold.model import attention, float8, float8_linear
+from sevenfold.model import accumulating, attention, float8
 from sevenfold.model.config import read_model_file
+from sevenfold.workflow import workbench
 
 MODEL = read_model_file(Path(__file__).parents[1] / "configs" / "model_7b.py")
-LAYERS, LENGTH, REPEATS, SHOWN, TILE = 4, 2048, 10, 28, 128
+LAYERS, LENGTH, REPEATS, SHOWN = 4, 2048, 10, 28
 CONVERT = {
-    "bf16": lambda model: model,
+    "bf16_plain": lambda model: model,
+    "bf16": accumulating.accumulate_in_products,
     "fp8": float8.convert_to_float8,
     "fp8_torchao": float8.convert_with_torchao,
 }
-
-
-def transpose_apart() -> None:
-    """Let a kernel of its own transpose FP8 tensors, tile by tile."""
-    import triton
-    from triton import language as tl
-
-    @triton.jit
-    def turn(source, target, rows, columns, side: tl.constexpr):  # type: ignore[no-untyped-def]
-        row = tl.program_id(1) * side + tl.arange(0, side)
-        column = tl.program_id(0) * side + tl.arange(0, side)
-        inside = (row[:, None] < rows) & (column[None, :] < columns)
-        tile = tl.load(source + row[:, None] * columns + column[None, :], mask=inside)
-        place = target + column[:, None] * rows + row[None, :]
-        tl.store(place, tl.trans(tile), mask=tl.trans(inside))
-
-    def transposed(values: torch.Tensor) -> torch.Tensor:
-        rows, columns = values.shape
-        target = values.new_empty(columns, rows)
-        grid = (triton.cdiv(columns, TILE), triton.cdiv(rows, TILE))
-        turn[grid](values.view(torch.uint8), target.view(torch.uint8), rows, columns, side=TILE)
-        return target
-
-    # An operator that torch.compile does not look into.
-    schema = "(Tensor values) -> Tensor"
-    operator = torch.library.custom_op(
-        "bench::transposed", transposed, mutates_args=(), schema=schema
-    )
-    operator.register_fake(lambda values: values.new_empty(values.shape[1], values.shape[0]))
-    float8_linear.transposed = torch.ops.bench.transposed.default
 
 
 def build(precision: str) -> Any:
@@ -87,14 +58,16 @@ def measure(precision: str, micro_batch: int) -> dict[str, Any]:
     model = build(precision)
     ids_bt = torch.randint(0, 1024, (micro_batch, LENGTH), device="cuda")
 
-    def step() -> None:
+    def step(*, first: bool = False) -> None:
         float8.begin_step(model)
+        if first:
+            accumulating.begin_step(model)
         hidden_bth = model.model(input_ids=ids_bt, use_cache=False).last_hidden_state
         hidden_bth.float().square().mean().backward()
         float8.end_step(model)
 
     started = time.perf_counter()
-    step()
+    step(first=True)
     torch.cuda.synchronize()
     compiled_s = time.perf_counter() - started
     for _ in range(3):
@@ -130,10 +103,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("precision", nargs="*", default=list(CONVERT))
     parser.add_argument("--micro-batch", type=int, default=4)
-    parser.add_argument("--transpose", action="store_true", help="apart from the casts")
+    parser.add_argument("--cheap", action="store_true", help="recompute what costs little")
     options = parser.parse_args()
-    if options.transpose:
-        transpose_apart()
+    functorch.activation_memory_budget = workbench.CHEAP if options.cheap else 1.0
     attention.register_attention()
     attention.prefer_fast_kernels(torch.cuda.get_device_capability(), deterministic=False)
     for precision in options.precision:

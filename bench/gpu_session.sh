@@ -72,10 +72,9 @@ part() {
         bench 200 pretrain "${preset[@]}" --steps 3 --length 2048 "${bf16[@]}" \
             --set pretrain.micro_batch=4 --set pretrain.recompute=cheap
         ;;
-    # Then with a transposing kernel of its own, then with more tile sizes tried out by Inductor.
+    # Then with more tile sizes tried out by Inductor.
     fp8-layers)
         measure 120 "$python" bench/fp8_layers.py fp8
-        measure 120 "$python" bench/fp8_layers.py fp8 --transpose
         TORCHINDUCTOR_MAX_AUTOTUNE_POINTWISE=1 measure 120 "$python" bench/fp8_layers.py fp8
         ;;
     fp8-tests) tests 300 tests/gpu -k fp8 ;;

@@ -19,6 +19,8 @@ from sevenfold.model.attention import IMPLEMENTATION, register_attention
 from sevenfold.model.config import InitConfig, ModelConfig
 from sevenfold.model.float8 import convert_to_float8, why_not_float8
 from sevenfold.model.llama import initialize
+from sevenfold.model.transposing import transpose
+from sevenfold.objective import linear_cross_entropy
 from sevenfold.objective.next_token import Scorer
 from sevenfold.objective.preference import preference_objective
 from sevenfold.train.config import (
@@ -128,6 +130,34 @@ def test_one_fp8_product_on_the_gpu_is_the_exact_one_to_rounding(fast: bool) -> 
 @pytest.mark.skipif(
     importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed"
 )
+@pytest.mark.parametrize(("rows", "columns"), [(256, 384), (100, 300), (37, 16), (1, 129)])
+def test_the_transposing_kernel_moves_every_byte(rows: int, columns: int) -> None:
+    bytes_of_it = torch.randint(256, (rows, columns), dtype=torch.uint8, device="cuda")
+    assert torch.equal(transpose(bytes_of_it), bytes_of_it.t())
+
+
+def test_kept_logits_give_the_gradients_of_the_textbook_form() -> None:
+    """Compiled, in bf16, over two chunks of unlike sizes."""
+    torch.manual_seed(0)
+    positions = linear_cross_entropy.CHUNK_POSITIONS + 100
+    hidden_nh = torch.randn(positions, 64, device="cuda").bfloat16().requires_grad_()
+    weight_vh = (torch.randn(1000, 64, device="cuda") / 8).bfloat16().requires_grad_()
+    targets_n = torch.randint(1000, (positions,), device="cuda")
+    targets_n[::3] = -100
+    scores_n = linear_cross_entropy.negative_log_likelihood(
+        hidden_nh, weight_vh, targets_n, kernel="chunked"
+    )
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden_nh, weight_vh)]
+    exact_n = torch.nn.functional.cross_entropy(
+        exact[0] @ exact[1].t(), targets_n, reduction="none"
+    )
+    assert (scores_n - exact_n).abs().max() < 0.05
+    found = torch.autograd.grad(scores_n.sum(), (hidden_nh, weight_vh))
+    wanted = torch.autograd.grad(exact_n.sum(), exact)
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).norm() / other.norm() < 0.01
+
+
 def test_liger_computes_the_same(tmp_path: Path) -> None:
     """In processes of their own, since Liger cannot be taken out again."""
     code = (

@@ -11,8 +11,10 @@ embedding is no matrix product.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -228,8 +230,25 @@ def _cast_weights(linears: list[Float8Linear]) -> None:
     amax = torch.stack(torch._foreach_norm(weights, float("inf"))).float()
     scales = scale_for(amax, E4M3)
     torch._foreach_copy_([linear.weight_inverse for linear in linears], list((1 / scales).unbind()))
-    for linear, scale in zip(linears, scales.unbind(), strict=True):
-        linear.weight8.copy_(linear.weight * scale)
+    for linear, weight, scale in zip(linears, weights, scales.unbind(), strict=True):
+        flat, flat8 = weight.detach().view(-1), linear.weight8.view(-1)
+        if weight.is_cuda:
+            # The length as a variable: one compilation serves all weights.
+            torch._dynamo.maybe_mark_dynamic(flat, 0)
+            torch._dynamo.maybe_mark_dynamic(flat8, 0)
+            _compiled_cast()(flat, scale, flat8)
+        else:
+            _cast_weight(flat, scale, flat8)
+
+
+def _cast_weight(weight: Tensor, scale: Tensor, weight8: Tensor) -> None:
+    weight8.copy_(weight * scale)
+
+
+@functools.cache
+def _compiled_cast() -> Callable[..., None]:
+    compiled: Callable[..., None] = torch.compile(_cast_weight, fullgraph=True)
+    return compiled
 
 
 def _refresh(decoder: nn.Module, _: Any) -> None:

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sevenfold.model.transposing import transpose
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {dtype: torch.finfo(dtype).max for dtype in (E4M3, E5M2)}
 # Below this a tensor counts as zero; it keeps scales and their inverses normal fp32 numbers.
@@ -90,11 +92,12 @@ def multiply(
 
 def transposed(values: Tensor) -> Tensor:
     """Return the transpose, its rows contiguous and padded with zeros to whole blocks."""
-    turned = values.t()
-    if missing := -turned.shape[1] % DIVISOR:
+    if missing := -values.shape[0] % DIVISOR:
         # As bytes, since not every operation knows FP8; a byte of zeros is the number 0.
-        return functional.pad(turned.view(torch.uint8), (0, missing)).view(values.dtype)
-    return turned.contiguous()
+        bytes_of_it = functional.pad(values.view(torch.uint8), (0, 0, 0, missing))
+        values = bytes_of_it.view(values.dtype)
+    turned: Tensor = transpose(values)
+    return turned
 
 
 class Scaling(nn.Module):
@@ -164,7 +167,7 @@ class _Product(torch.autograd.Function):
         ) = ctx.saved_tensors
         input_dtype, weight_dtype = ctx.dtypes
         gradient_amax.copy_(torch.maximum(gradient_amax, largest(gradient_no)))
-        gradient8_no = cast(gradient_no, gradient_scale, E5M2).contiguous()
+        gradient8_no = written(cast(gradient_no, gradient_scale, E5M2).contiguous())
         gradients: list[Tensor | None] = [None] * 11
         if ctx.needs_input_grad[0]:
             gradients[0] = multiply(
@@ -177,7 +180,7 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             gradients[1] = multiply(
                 transposed(gradient8_no),
-                written(transposed(input8_ni)),
+                transposed(input8_ni),
                 (gradient_inverse, input_inverse),
                 weight_dtype,
                 emulate=ctx.emulate,

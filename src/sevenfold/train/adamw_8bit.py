@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,23 @@ BLOCK = 256
 SMALLEST = 4096  # values; below it 8 bits save nothing
 SMALLEST_SCALE = 1e-12
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# Of an fp32 number: its sign and exponent and the first 7 bits behind, fine enough that no two
+# middles between neighbours of a table agree in them. Counted from 2**-23, below every middle.
+SHIFT = 16
+FIRST_BIN = 0x34000000 >> SHIFT
+NUM_BINS = (0x3F800000 >> SHIFT) - FIRST_BIN + 1
+
+
+class Codes(NamedTuple):
+    """How a moment is put into codes and back; ``n`` bins of fp32 numbers, then of negative ones.
+
+    ``values`` [256]: what codes stand for, rising. ``lowest`` [2n]: the code of a bin's lowest
+    number. ``next_from`` [256]: the number from which on the next code is nearer.
+    """
+
+    values: Tensor
+    lowest: Tensor
+    next_from: Tensor
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -40,11 +57,18 @@ class AdamW8bit(torch.optim.Optimizer):
     ):
         """Train ``groups`` of parameters, each with its ``weight_decay``."""
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": epsilon, "weight_decay": 0.0})
+        self._gradient_factor: Tensor | None = None
+
+    def scale_gradients(self, factor: Tensor) -> None:
+        """Multiply the gradients by ``factor`` [], in fp32, when they are applied next."""
+        self._gradient_factor = factor.float()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Apply the gradients."""
         loss = None if closure is None else closure()
+        trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        seeds = _seeds(trained)
         for group in self.param_groups:
             factors: dict[tuple[float, torch.device], Tensor] = {}
             for parameter in group["params"]:
@@ -54,9 +78,24 @@ class AdamW8bit(torch.optim.Optimizer):
                 state["step"] += 1
                 key = (float(state["step"]), parameter.device)
                 if key not in factors:
-                    factors[key] = _factors(group, key[0]).to(parameter.device)
-                _apply(parameter, state, factors[key], group)
+                    factors[key] = self._factors(group, *key)
+                _apply(parameter, state, factors[key], seeds[parameter], group)
+        self._gradient_factor = None
         return loss
+
+    def _factors(self, group: dict[str, Any], step: float, device: torch.device) -> Tensor:
+        """Return what changes from step to step, [4].
+
+        Kept weight, step size, 1 / sqrt(correction 2), factor of the gradients: as a tensor, since
+        compiled code would be compiled anew for every other number.
+        """
+        beta1, beta2 = group["betas"]
+        kept = 1 - group["lr"] * group["weight_decay"]
+        step_size = group["lr"] / (1 - beta1**step)
+        known = torch.tensor([kept, step_size, (1 - beta2**step) ** -0.5, 1.0]).to(device)
+        if self._gradient_factor is not None:
+            known[3] = self._gradient_factor
+        return known
 
     def _begin(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
@@ -120,25 +159,28 @@ def _local(tensor: Any) -> Tensor:
     return part
 
 
-def _factors(group: dict[str, Any], step: float) -> Tensor:
-    """Return what changes from step to step, [3]: kept weight, step size, 1 / sqrt(correction 2).
-
-    As a tensor, since compiled code would be compiled anew for every other number.
-    """
-    beta1, beta2 = group["betas"]
-    kept = 1 - group["lr"] * group["weight_decay"]
-    step_size = group["lr"] / (1 - beta1**step)
-    return torch.tensor([kept, step_size, (1 - beta2**step) ** -0.5], dtype=torch.float32)
+def _seeds(parameters: list[Tensor]) -> dict[Tensor, Tensor]:
+    """Draw a number [] for each parameter, by the generator of its device."""
+    seeds: dict[Tensor, Tensor] = {}
+    for device in {parameter.device for parameter in parameters}:
+        here = [parameter for parameter in parameters if parameter.device == device]
+        drawn = torch.randint(1 << 31, (len(here),), dtype=torch.int32, device=device)
+        seeds |= dict(zip(here, drawn.unbind(), strict=True))
+    return seeds
 
 
 def _apply(
-    parameter: Tensor, state: dict[str, Tensor], factors: Tensor, group: dict[str, Any]
+    parameter: Tensor,
+    state: dict[str, Tensor],
+    factors: Tensor,
+    seed: Tensor,
+    group: dict[str, Any],
 ) -> None:
     """Update one parameter and its moments in place."""
     weights, gradient = _local(parameter.detach()), _local(parameter.grad)
     if not weights.numel():
         return
-    constants = (factors, *group["betas"], group["eps"])
+    constants = (factors, seed, *group["betas"], group["eps"])
     if not in_8_bits(parameter.shape):
         moments = [_local(state[moment]).view(-1) for moment in MOMENTS]
         tensors = [weights.view(-1), gradient.reshape(-1), *moments]
@@ -146,9 +188,9 @@ def _apply(
         return
     codes = [_local(state[f"{moment}_codes"]).view(-1, BLOCK) for moment in MOMENTS]
     scales = [_local(state[f"{moment}_scale"]).view(-1, 1) for moment in MOMENTS]
-    tables = [_table(moment, weights.device) for moment in MOMENTS]
+    kinds = [_codes_of(moment, weights.device) for moment in MOMENTS]
     tensors = [weights.view(-1, BLOCK), gradient.reshape(-1, BLOCK), *codes, *scales]
-    _compiled(_update_blocks, weights)(*_of_any_size(tensors), *tables, *constants)
+    _compiled(_update_blocks, weights)(*_of_any_size(tensors), *kinds, *constants)
 
 
 def _of_any_size(tensors: list[Tensor]) -> list[Tensor]:
@@ -164,7 +206,10 @@ def _compiled(update: Callable[..., None], tensor: Tensor) -> Callable[..., None
 
 @functools.cache
 def _compile(update: Callable[..., None]) -> Callable[..., None]:
-    compiled: Callable[..., None] = torch.compile(update, fullgraph=True)
+    # Codes are bytes and bins are clamped: asking whether they lie within their tables costs time.
+    compiled: Callable[..., None] = torch.compile(
+        update, fullgraph=True, options={"assert_indirect_indexing": False}
+    )
     return compiled
 
 
@@ -175,26 +220,37 @@ def _update_blocks(
     codes_sq: Tensor,
     scale: Tensor,
     scale_sq: Tensor,
-    table: Tensor,
-    table_sq: Tensor,
+    kind: Codes,
+    kind_sq: Codes,
     factors: Tensor,
+    seed: Tensor,
     beta1: float,
     beta2: float,
     epsilon: float,
 ) -> None:
     """Update blocks of weights, [blocks, 256], with a scale each, [blocks, 1]."""
-    moment = table[codes.int()] * scale
-    moment_sq = table_sq[codes_sq.int()] * scale_sq
-    new = _adamw(weights, gradient, moment, moment_sq, factors, beta1, beta2, epsilon)
+    moment = kind.values[codes.int()] * scale
+    moment_sq = kind_sq.values[codes_sq.int()] * scale_sq
+    new = _adamw(weights, gradient, moment, moment_sq, factors, seed, beta1, beta2, epsilon)
     weights.copy_(new[0])
-    for value, table_of_it, code, size in (
-        (new[1], table, codes, scale),
-        (new[2], table_sq, codes_sq, scale_sq),
+    for value, kind_of_it, code, size in (
+        (new[1], kind, codes, scale),
+        (new[2], kind_sq, codes_sq, scale_sq),
     ):
         largest = value.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_SCALE)
-        middles = (table_of_it[1:] + table_of_it[:-1]) / 2
-        code.copy_(torch.bucketize(value / largest, middles, out_int32=True, right=True))
+        code.copy_(_encode(value / largest, kind_of_it))
         size.copy_(largest)
+
+
+def _encode(values: Tensor, kind: Codes) -> Tensor:
+    """Return the codes, int32, of the nearest values in the table to numbers from -1 to 1.
+
+    A bin holds at most one number at which a code ends, so one look and one comparison find what
+    a search would take eight looks for.
+    """
+    bins = ((values.abs().view(torch.int32) >> SHIFT) - FIRST_BIN).clamp(0, NUM_BINS - 1)
+    lowest = kind.lowest[torch.where(values < 0, bins + NUM_BINS, bins)].int()
+    return lowest + (values >= kind.next_from[lowest]).int()
 
 
 def _update(
@@ -203,12 +259,13 @@ def _update(
     moment: Tensor,
     moment_sq: Tensor,
     factors: Tensor,
+    seed: Tensor,
     beta1: float,
     beta2: float,
     epsilon: float,
 ) -> None:
     """Update weights whose moments are kept in fp32."""
-    new = _adamw(weights, gradient, moment, moment_sq, factors, beta1, beta2, epsilon)
+    new = _adamw(weights, gradient, moment, moment_sq, factors, seed, beta1, beta2, epsilon)
     for old, value in zip((weights, moment, moment_sq), new, strict=True):
         old.copy_(value)
 
@@ -219,36 +276,60 @@ def _adamw(
     moment: Tensor,
     moment_sq: Tensor,
     factors: Tensor,
+    seed: Tensor,
     beta1: float,
     beta2: float,
     epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return new weights, rounded stochastically to bf16 if they are, and new moments in fp32."""
-    gradient = gradient.float()
+    gradient = gradient.float() * factors[3]
     moment = moment.lerp(gradient, 1 - beta1)
     moment_sq = moment_sq.lerp(gradient.square(), 1 - beta2)
     change = factors[1] * moment / (moment_sq.sqrt() * factors[2] + epsilon)
     new = weights.float() * factors[0] - change
     if weights.dtype == torch.bfloat16:
-        new = _round_stochastically(new)
+        new = _round_stochastically(new, seed)
     return new, moment, moment_sq
 
 
-def _round_stochastically(values: Tensor) -> Tensor:
+def _round_stochastically(values: Tensor, seed: Tensor) -> Tensor:
     """Return fp32 numbers as bf16, up or down by chance so that the mean stays.
 
     bf16 is the upper half of fp32's bits: what carries over from a random addition to the lower
     half rounds away from zero.
     """
-    noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device)
-    bits = (values.view(torch.int32) + noise) & -65_536
+    bits = (values.view(torch.int32) + _noise(values, seed)) & -65_536
     return bits.view(torch.float32).bfloat16()
 
 
+def _noise(values: Tensor, seed: Tensor) -> Tensor:
+    """Return 16 random bits for each of ``values``, int32: a hash of its place and of ``seed`` [].
+
+    An eighth of the work of PyTorch's generator. Source of the mixing: Wellons 2018, "Prospecting
+    for Hash Functions" (lowbias32); the constants are its own and 2**32 / golden ratio, as int32.
+    """
+    places = torch.arange(values.numel(), dtype=torch.int32, device=values.device)
+    mixed = (places.view(values.shape) ^ seed) * -1_640_531_535
+    mixed = (mixed ^ ((mixed >> 16) & 0xFFFF)) * 2_146_121_005
+    mixed = (mixed ^ ((mixed >> 15) & 0x1FFFF)) * -2_073_254_261
+    return (mixed ^ (mixed >> 16)) & 0xFFFF
+
+
 @functools.cache
-def _table(moment: str, device: torch.device) -> Tensor:
-    """Return the 256 values that codes stand for, [256], rising; of squares, from 0 on."""
-    return torch.tensor(dynamic_table(signed=moment == "exp_avg"), device=device)
+def _codes_of(moment: str, device: torch.device) -> Codes:
+    """Return the tables of a moment; a square's has no values below 0."""
+    values = torch.tensor(dynamic_table(signed=moment == "exp_avg"))
+    middles = (values[1:] + values[:-1]) / 2
+    edges = ((torch.arange(NUM_BINS + 1, dtype=torch.int32) + FIRST_BIN) << SHIFT).view(
+        torch.float32
+    )
+    edges[0] = 0.0
+    lowest = torch.cat([edges[:-1], -edges[1:]])
+    return Codes(
+        values=values.to(device),
+        lowest=torch.bucketize(lowest, middles, right=True).to(torch.uint8).to(device),
+        next_from=torch.cat([middles, torch.tensor([math.inf])]).to(device),
+    )
 
 
 def dynamic_table(*, signed: bool) -> list[float]:

@@ -17,7 +17,7 @@ from sevenfold.base.errors import DivergedError, MemoryExhaustedError, StoppedEr
 from sevenfold.base.hardware import OOMHandler, peak_memory_gib, release_memory
 from sevenfold.base.storage import JsonLines
 from sevenfold.data.batches import Batch, Batches
-from sevenfold.model import float8
+from sevenfold.model import accumulating, float8
 from sevenfold.objective.next_token import Objective, Scorer
 from sevenfold.train import checkpoint, launch, optimizer, parallel, resuming
 from sevenfold.train.config import TrainConfig
@@ -165,7 +165,7 @@ def train_step(bench: Workbench, batch: Batch, length: int, stop: StopRequest) -
         problem = "no token of the batch carries loss"
         bench.guard.refuse()
     if problem is None:
-        optimizer.clip_gradients(parameters, bench.config.optimizer.clip_norm, norm)
+        optimizer.clip_gradients(bench.optimizer, bench.config.optimizer.clip_norm, norm)
         _update(bench)
     else:
         _skip(bench, problem)
@@ -215,10 +215,10 @@ def _accumulate(bench: Workbench, batch: Batch, length: int, weight: float) -> d
 
     FSDP2 averages gradients over processes, so each multiplies by their number to get the sum.
     """
-    world = bench.processes.world
     rows = bench.memory.micro_batch * bench.config.longest_context // length
     sums: dict[str, Tensor] = {}
     float8.begin_step(bench.scorer)
+    accumulating.begin_step(bench.scorer)
     for micro_batch in batch.split(rows):
         asked = launch.at_phase(bench.step + 1, "forward")
         with bench.autocast():
@@ -226,7 +226,7 @@ def _accumulate(bench: Workbench, batch: Batch, length: int, weight: float) -> d
         if "oom" in asked | launch.at_phase(bench.step + 1, "backward"):
             raise torch.OutOfMemoryError("injected")
         total = summed.total * (float("nan") if "nan" in asked else 10 if "spike" in asked else 1)
-        (total * (world / max(weight, 1.0))).backward()
+        (total * (bench.processes.world / max(weight, 1.0))).backward()
         for name, value in {"total": total.detach(), **summed.extras}.items():
             sums[name] = sums.get(name, 0.0) + value
     values = bench.processes.sum(torch.stack(list(sums.values())).double().tolist())

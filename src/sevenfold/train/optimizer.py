@@ -55,9 +55,14 @@ def gradient_norm(parameters: Iterable[Tensor]) -> tuple[Tensor, float]:
     return norm, float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
-def clip_gradients(parameters: Iterable[Tensor], clip_norm: float, norm: Tensor) -> None:
+def clip_gradients(optimizer: torch.optim.Optimizer, clip_norm: float, norm: Tensor) -> None:
     """Scale gradients, whose global norm is ``norm``, down to ``clip_norm``."""
-    nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm, foreach=True)
+    if isinstance(optimizer, AdamW8bit):
+        whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        # As PyTorch computes it; applied in fp32 and without a pass over the gradients of its own.
+        optimizer.scale_gradients((clip_norm / (whole + 1e-6)).clamp(max=1.0))
+    else:
+        nn.utils.clip_grads_with_norm_(parameters(optimizer), clip_norm, norm, foreach=True)
 
 
 def draw_gradients(parameters: Iterable[Tensor]) -> None:

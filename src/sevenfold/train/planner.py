@@ -42,7 +42,6 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 OPTIMIZER_STEP_BYTES = {"adamw": 0.0, "adamw_8bit": 8.0}
 # Workspaces of the matrix libraries and rounding of the allocator, from the measured peaks.
 OVERHEAD_GIB = 0.25
-CHUNK_POSITIONS = 2048
 # Measured on two CPU cores: 5.4 M parameters, 3,000 tokens/s, eager fp32.
 CPU_FLOPS = 0.1e12
 LONGEST_CPU_RUN_S = 30 * 86_400
@@ -315,12 +314,13 @@ class _Settings:
         hidden = tokens * self.model.hidden_size * 4 * self.compute_bytes
         if self.loss_kernel == "cce":
             return float(hidden)
-        positions = tokens if self.loss_kernel == "plain" else min(tokens, CHUNK_POSITIONS)
-        # Plain: logits, their fp32 copy, log-probabilities. Chunked: logits and their gradient.
-        per_logit = (
-            self.compute_bytes + 8 if self.loss_kernel == "plain" else self.compute_bytes + 4
-        )
-        return float(hidden + positions * self.model.vocab_size * per_logit)
+        logits = tokens * self.model.vocab_size
+        if self.loss_kernel == "plain":
+            # Logits, their fp32 copy, log-probabilities.
+            return float(hidden + logits * (self.compute_bytes + 8))
+        # Logits, which become their gradients, and the gradient of the head's weight.
+        head = self.model.vocab_size * self.model.hidden_size
+        return float(hidden + (logits + head) * self.compute_bytes)
 
 
 def require_room(plan: Plan, gpu: GPUInfo, *, memory_gib: float | None = None) -> None:

@@ -376,7 +376,7 @@ def _optimizer(asked: Bench) -> Iterator[dict[str, Any]]:
         watch.mark(WAIT)
         watch.mark("clip")
         norm, _value = optimizer.gradient_norm(parameters)
-        optimizer.clip_gradients(parameters, asked.config.optimizer.clip_norm, norm)
+        optimizer.clip_gradients(tried.optimizer, asked.config.optimizer.clip_norm, norm)
         watch.mark("update")
         made.optimizer.step()
         watch.mark(OTHER)

@@ -18,7 +18,7 @@ from sevenfold.base.hardware import (
     setup_torch_backends,
 )
 from sevenfold.data.batches import Batch, Batches, RowSource
-from sevenfold.model import attention, float8, four_bits, kernels, llama
+from sevenfold.model import accumulating, attention, float8, four_bits, kernels, llama
 from sevenfold.model.config import KernelConfig, from_hf
 from sevenfold.objective.agreement import require_agreement
 from sevenfold.objective.next_token import Objective, Scorer
@@ -130,6 +130,8 @@ def place(scorer: Scorer, config: TrainConfig, processes: parallel.Processes) ->
     What earlier stages in this process compiled is forgotten first: PyTorch keeps eight variants
     of a function (lengths, rows, with and without gradients) and runs any further one uncompiled.
     """
+    if processes.world == 1 and processes.device.type == "cuda" and _is_all_bf16(scorer, config):
+        accumulating.accumulate_in_products(scorer.model)
     layers = list(scorer.causal_model.get_decoder().layers)
     if config.compile != "none":
         torch.compiler.reset()
@@ -137,6 +139,12 @@ def place(scorer: Scorer, config: TrainConfig, processes: parallel.Processes) ->
         for layer in layers:
             layer.compile(mode=COMPILE_MODES[config.compile], dynamic=False)
     parallel.shard(scorer, layers, processes, bf16=config.precision != "fp32")
+
+
+def _is_all_bf16(scorer: Scorer, config: TrainConfig) -> bool:
+    """Whether whole weights train in the precision that everything is computed in."""
+    without_adapters = scorer.model is scorer.causal_model
+    return without_adapters and config.weights == "bf16" and config.precision == "bf16"
 
 
 def validation_batches(job: Job, rows: RowSource) -> list[Batch]:

@@ -119,23 +119,48 @@ def test_embeddings_are_noisy_only_in_training_and_as_the_generator_says(scorer:
 
 
 @pytest.mark.parametrize("kernel", ["plain", "chunked"])
-def test_kernels_equal_the_textbook_form(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("trained", ["both", "hidden", "weight"])
+def test_kernels_equal_the_textbook_form(
+    kernel: str, trained: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from sevenfold.objective import linear_cross_entropy as module
 
-    monkeypatch.setattr(module, "_compiled_score", lambda: module._score)
+    monkeypatch.setattr(module, "_compiled", lambda function: function)
     monkeypatch.setattr(module, "CHUNK_POSITIONS", 7)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(20, 8, generator=generator, requires_grad=trained != "weight")
+    weight = torch.randn(VOCAB, 8, generator=generator, requires_grad=trained != "hidden")
+    targets = torch.randint(0, VOCAB, (20,), generator=generator)
+    targets[::3] = -100
+    factors = torch.randn(20, generator=generator)
+    scores = negative_log_likelihood(hidden, weight, targets, kernel=kernel)
+    plain = functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    assert torch.allclose(scores, plain, atol=1e-5)
+    wanting = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
+    found = torch.autograd.grad((scores * factors).sum(), wanting)
+    wanted = torch.autograd.grad((plain * factors).sum(), wanting)
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_kept_logits_under_autocast_give_gradients_in_the_weights_own_precision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sevenfold.objective import linear_cross_entropy as module
+
+    monkeypatch.setattr(module, "_compiled", lambda function: function)
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(20, 8, generator=generator, requires_grad=True)
     weight = torch.randn(VOCAB, 8, generator=generator, requires_grad=True)
     targets = torch.randint(0, VOCAB, (20,), generator=generator)
-    targets[::3] = -100
-    scores = negative_log_likelihood(hidden, weight, targets, kernel=kernel)
-    plain = functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
-    assert torch.allclose(scores, plain, atol=1e-5)
-    found = torch.autograd.grad(scores.sum(), (hidden, weight))
-    wanted = torch.autograd.grad(plain.sum(), (hidden, weight))
-    for one, other in zip(found, wanted, strict=True):
-        assert torch.allclose(one, other, atol=1e-5)
+    found = {}
+    for kernel in ("plain", "chunked"):
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = negative_log_likelihood(hidden, weight, targets, kernel=kernel)
+        found[kernel] = scores, *torch.autograd.grad(scores.sum(), (hidden, weight))
+    for plain, kept in zip(found["plain"], found["chunked"], strict=True):
+        assert plain.dtype == kept.dtype == torch.float32
+        assert torch.allclose(plain, kept, rtol=1e-2, atol=1e-2)
 
 
 PREFERENCES = [

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from sevenfold.train import adamw_8bit
+from sevenfold.train import optimizer as optimizers
 from sevenfold.train.adamw_8bit import BLOCK, AdamW8bit, state_bytes, state_shapes
 
+SEED = torch.tensor(1, dtype=torch.int32)
 BETAS, EPSILON, RATE, DECAY = (0.9, 0.95), 1e-8, 1e-2, 0.1
 
 
@@ -83,11 +85,66 @@ def test_a_code_is_that_of_the_nearest_value(signed: bool) -> None:
 def test_rounding_to_bf16_keeps_the_mean_and_what_bf16_can_hold() -> None:
     torch.manual_seed(0)
     between = torch.full((200_000,), 1 + 2**-7 * 0.3)
-    rounded = adamw_8bit._round_stochastically(between)
+    rounded = adamw_8bit._round_stochastically(between, SEED)
     assert set(rounded.tolist()) == {1.0, 1 + 2**-7}
     assert float(rounded.double().mean()) == pytest.approx(1 + 2**-7 * 0.3, abs=5e-5)
     held = drawn(1000).bfloat16()
-    assert torch.equal(adamw_8bit._round_stochastically(-held.float()), -held)
+    assert torch.equal(adamw_8bit._round_stochastically(-held.float(), SEED), -held)
+
+
+def test_noise_takes_all_values_alike_and_differs_by_place_and_by_seed() -> None:
+    """2^21 draws of 2^16 values: 32 each on average, with the spread that chance has."""
+    seeds = torch.tensor([5, 6, 1 << 30], dtype=torch.int32)
+    drawn = torch.stack([adamw_8bit._noise(torch.empty(2**13, BLOCK), seed) for seed in seeds])
+    assert int(drawn.min()) == 0
+    assert int(drawn.max()) == 2**16 - 1
+    for one in drawn:
+        counts = torch.bincount(one.flatten(), minlength=2**16).double()
+        assert float((counts - 32).square().mean() / 32) == pytest.approx(1.0, abs=0.03)
+    centred = drawn.double().flatten(1) - (2**16 - 1) / 2
+    pairs = [(centred[0], centred[1]), (centred[0], centred[2])]
+    pairs += [(each[:-step], each[step:]) for each in centred for step in (1, 2, BLOCK)]
+    for one, other in pairs:
+        correlation = (one * other).mean() / centred.square().mean()
+        assert abs(float(correlation)) < 4 * 2**-10.5
+
+
+@pytest.mark.parametrize("moment", adamw_8bit.MOMENTS)
+def test_one_look_and_one_comparison_find_what_a_search_finds(moment: str) -> None:
+    """At every place where a code or a bin ends, at both its neighbours, and in between."""
+    kind = adamw_8bit._codes_of(moment, torch.device("cpu"))
+    middles = kind.next_from[:-1]
+    bins = (torch.arange(adamw_8bit.NUM_BINS, dtype=torch.int32) + adamw_8bit.FIRST_BIN) << 16
+    edges = bins.view(torch.float32)
+    between = torch.rand(200_000, generator=torch.Generator().manual_seed(1)) ** 8
+    places = torch.cat([middles, edges, between, torch.tensor([0.0, 1e-12, 1e-40])])
+    if moment == "exp_avg":
+        places = torch.cat([places, -places])
+    around = [places, *(places.nextafter(torch.tensor(float(to))) for to in (-9, 9))]
+    for numbers in around:
+        inside = numbers[(numbers.abs() <= 1) & ((moment == "exp_avg") | (numbers >= 0))]
+        found = adamw_8bit._encode(inside, kind)
+        assert torch.equal(found, torch.bucketize(inside, middles, out_int32=True, right=True))
+
+
+def test_clipping_is_the_same_as_on_the_gradients_themselves() -> None:
+    """To the last bit, where the factor is a power of two; and it holds for one step only."""
+    quarter = {"clip_norm": 1.0, "norm": torch.tensor(4 - 1e-6)}
+    made: dict[bool, list[Tensor]] = {}
+    for as_a_factor in (True, False):
+        parameter = torch.nn.Parameter(drawn(16, BLOCK).bfloat16())
+        optimizer = ours([{"params": [parameter]}])
+        torch.manual_seed(3)
+        for clipped in (True, False):
+            parameter.grad = gradient(0, parameter.shape).bfloat16()
+            if clipped and as_a_factor:
+                optimizers.clip_gradients(optimizer, **quarter)  # type: ignore[arg-type]
+            elif clipped:
+                parameter.grad /= 4
+            optimizer.step()
+        made[as_a_factor] = [parameter.detach(), *optimizer.state[parameter].values()]
+    for one, other in zip(made[True], made[False], strict=True):
+        assert torch.equal(one, other)
 
 
 def test_updates_that_the_nearest_bf16_would_swallow_add_up() -> None:
