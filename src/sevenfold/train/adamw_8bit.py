@@ -155,8 +155,10 @@ def _zero_scales(parameter: Tensor) -> Tensor:
 
 def _local(tensor: Any) -> Tensor:
     """Return this process's part of a tensor."""
-    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return part
+    part: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    # What torchao gathers in FP8 is wrapped, and compiled code is to see plain tensors.
+    plain: Tensor = getattr(part, "_tensor", part)
+    return plain
 
 
 def _seeds(parameters: list[Tensor]) -> dict[Tensor, Tensor]:
