@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import importlib
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -103,10 +104,13 @@ def convert_to_float8(model: nn.Module, *, emulate: bool = False) -> nn.Module:
     return model
 
 
-def convert_with_torchao(model: nn.Module, *, emulate: bool = False) -> nn.Module:
+def convert_with_torchao(
+    model: nn.Module, *, emulate: bool = False, sharded: bool = False
+) -> nn.Module:
     """Replace the layers' linear modules by torchao's with its tensorwise recipe, in place.
 
-    Call it before compiling and sharding.
+    Call it before compiling and sharding. Weights that are going to be ``sharded`` by FSDP2 are
+    cast where they lie and gathered in FP8.
 
     Errors:
         UsageError: the machine cannot, or no linear module has sides divisible by 16.
@@ -118,7 +122,7 @@ def convert_with_torchao(model: nn.Module, *, emulate: bool = False) -> nn.Modul
     recipe: Any = Float8LinearConfig.from_recipe_name("tensorwise")
     convert_to_float8_training(
         model,
-        config=dataclasses.replace(recipe, emulate=emulate),
+        config=dataclasses.replace(recipe, emulate=emulate, enable_fsdp_float8_all_gather=sharded),
         module_filter_fn=lambda module, name: name in chosen,
     )
     log.info("fp8: %d linear layers converted with torchao's tensorwise recipe", len(chosen))
@@ -270,6 +274,16 @@ def end_step(model: nn.Module) -> None:
     """Let the next step's scales learn from this one; a step that is given up is not ended."""
     if scalings := _scalings_of(model):
         scalings.end()
+    scale_sharded_weights(model)
+
+
+def scale_sharded_weights(model: nn.Module) -> None:
+    """Compute the scales of all weights that are gathered in FP8, in one exchange.
+
+    To be called whenever weights have changed: they are cast by these until it is called again.
+    """
+    if torchao := sys.modules.get("torchao.float8"):  # else nothing was converted with it
+        torchao.precompute_float8_dynamic_scale_for_fsdp(model)
 
 
 def forget_history(model: nn.Module) -> None:

@@ -152,6 +152,7 @@ def _launch_once(arguments: list[str], num_processes: int, patience_s: float) ->
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
     }
     children = [_Child(arguments, rank, environment) for rank in range(num_processes)]
 

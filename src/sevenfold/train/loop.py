@@ -219,7 +219,7 @@ def _accumulate(bench: Workbench, batch: Batch, length: int, weight: float) -> d
     sums: dict[str, Tensor] = {}
     float8.begin_step(bench.scorer)
     accumulating.begin_step(bench.scorer)
-    for micro_batch in batch.split(rows):
+    for micro_batch in parallel.exchanging_once(bench.scorer, batch.split(rows)):
         asked = launch.at_phase(bench.step + 1, "forward")
         with bench.autocast():
             summed = bench.objective.total(bench.scorer, micro_batch.to(bench.processes.device))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,17 +17,21 @@ from torch import Tensor, nn
 
 from sevenfold.base.errors import UsageError
 from sevenfold.base.hardware import training_device
+from sevenfold.model import float8
 from sevenfold.train import optimizer as optimizers
 from sevenfold.train.config import TrainConfig
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Processes:
-    """This process among those that train together."""
+    """This process among those that train together; ``per_node`` of them run on each host."""
 
     rank: int
     world: int
     device: torch.device
+    per_node: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -45,6 +50,10 @@ class Processes:
         """Return when all processes have come here."""
         if self.world > 1:
             dist.barrier()
+
+    def agree(self, wish: bool) -> bool:
+        """Return True if all processes wish it."""
+        return self.sum([float(wish)]) == [float(self.world)]
 
     def first_difference(self, facts: Mapping[str, str]) -> str | None:
         """Return the first of these facts that is not the same in all processes, None if none."""
@@ -85,7 +94,8 @@ def join() -> Processes:
     if not dist.is_initialized():
         _require_address(os.environ.get("MASTER_ADDR", ""))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Processes(rank=dist.get_rank(), world=world, device=device)
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    return Processes(rank=dist.get_rank(), world=world, device=device, per_node=per_node)
 
 
 def _require_address(host: str) -> None:
@@ -107,8 +117,21 @@ def autocast(config: TrainConfig, processes: Processes) -> AbstractContextManage
     return nullcontext()
 
 
-def shard(scorer: nn.Module, layers: list[nn.Module], processes: Processes, *, bf16: bool) -> None:
-    """Shard parameters, gradients and optimizer state over all processes with FSDP2."""
+def shard(
+    scorer: nn.Module,
+    layers: list[nn.Module],
+    processes: Processes,
+    *,
+    bf16: bool,
+    keep_whole: bool = False,
+    num_copies: int = 1,
+) -> None:
+    """Shard parameters, gradients and optimizer state over all processes with FSDP2.
+
+    ``keep_whole`` keeps a layer's gathered weights from forward to backward, where memory allows:
+    half as many are gathered. Of ``num_copies``, each is sharded over that share of the processes,
+    neighbours by rank, and only sums of gradients pass between them. Gradients are summed in fp32.
+    """
     if processes.world == 1:
         return
     from torch.distributed.device_mesh import init_device_mesh
@@ -116,10 +139,39 @@ def shard(scorer: nn.Module, layers: list[nn.Module], processes: Processes, *, b
 
     compute = torch.bfloat16 if bf16 else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-    mesh = init_device_mesh(processes.device.type, (processes.world,))
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(scorer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    mesh = init_device_mesh(
+        processes.device.type,
+        (num_copies, processes.world // num_copies),
+        mesh_dim_names=("copies", "shards"),
+    )
+    if num_copies == 1:
+        mesh = mesh["shards"]
+    sharded: list[Any] = [
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep_whole)
+        for layer in layers
+    ]
+    root: Any = fully_shard(scorer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    # Asked for one layer ahead, so that a late process does not leave the GPU without weights.
+    for module, following in itertools.pairwise([root, *sharded]):
+        module.set_modules_to_forward_prefetch([following])
+    float8.scale_sharded_weights(scorer)
+
+
+def exchanging_once(model: nn.Module, micro_batches: Iterable[T]) -> Iterator[T]:
+    """Let the copies of a sharded model sum their gradients with a step's last micro-batch only."""
+    previous: list[T] = []
+    for each in micro_batches:
+        if previous:
+            _set_exchange(model, False)
+            yield previous.pop()
+        previous.append(each)
+    _set_exchange(model, True)
+    yield from previous
+
+
+def _set_exchange(model: Any, wanted: bool) -> None:
+    if hasattr(model, "set_requires_all_reduce"):
+        model.set_requires_all_reduce(wanted)
 
 
 def not_finite(tensors: Mapping[str, Any], processes: Processes) -> list[str]:
@@ -152,6 +204,7 @@ def scatter_model(model: nn.Module, state: dict[str, Tensor], processes: Process
 
     options = StateDictOptions(full_state_dict=True, strict=False)
     set_model_state_dict(model, dict(state), options=options)
+    float8.scale_sharded_weights(model)
 
 
 def gather_optimizer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from sevenfold.model import accumulating, attention, float8, four_bits, kernels,
 from sevenfold.model.config import KernelConfig, from_hf
 from sevenfold.objective.agreement import require_agreement
 from sevenfold.objective.next_token import Objective, Scorer
-from sevenfold.train import checkpoint, loop, optimizer, parallel, resuming
+from sevenfold.train import checkpoint, loop, optimizer, parallel, planner, resuming
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.recovery import Decisions, StepGuard
 from sevenfold.workflow import remaining, tracking, watching
@@ -32,6 +33,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # The share that torch.compile may keep of the activations it would keep at the highest speed. Where
 # computing all again but products and attention needs less (0.70 at the 7B's shape), it does that.
 CHEAP = 0.9
+# The share of a GPU's memory that may be planned for: beyond it layers give their gathered weights
+# back between forward and backward, and nodes hold shares of one model instead of a copy each.
+WHOLE_WEIGHTS_FRACTION = 0.9
 COMPILE_MODES = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}
 
 
@@ -118,7 +122,7 @@ def make_scorer(model: Any, config: TrainConfig, kernel: str) -> Scorer:
     if config.precision == "fp8":
         float8.convert_to_float8(model)
     if config.precision == "fp8_torchao":
-        float8.convert_with_torchao(model)
+        float8.convert_with_torchao(model, sharded=parallel.join().world > 1)
     if config.recompute is True:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Scorer(model, kernel=kernel)
@@ -138,7 +142,47 @@ def place(scorer: Scorer, config: TrainConfig, processes: parallel.Processes) ->
         functorch.activation_memory_budget = CHEAP if config.recompute == "cheap" else 1.0
         for layer in layers:
             layer.compile(mode=COMPILE_MODES[config.compile], dynamic=False)
-    parallel.shard(scorer, layers, processes, bf16=config.precision != "fp32")
+    copies, whole = sharding(scorer, config, processes)
+    bf16 = config.precision != "fp32"
+    parallel.shard(scorer, layers, processes, bf16=bf16, num_copies=copies, keep_whole=whole)
+
+
+def sharding(
+    scorer: Scorer, config: TrainConfig, processes: parallel.Processes
+) -> tuple[int, bool]:
+    """Return how many copies of the model the processes hold, and whether layers stay gathered.
+
+    Each node holds a copy of its own, and layers stay gathered from forward to backward, where
+    the planned peak leaves room for it; all processes see to it that all decide alike.
+    """
+    if processes.world == 1:
+        return 1, False
+    room_gib = WHOLE_WEIGHTS_FRACTION * detect_gpu_type()["memory_gib"]
+    per_node, peak_gib = processes.per_node, functools.partial(_peak_gib, scorer, config)
+    same = processes.sum([float(per_node)]) == [float(per_node * processes.world)]
+    nodes = processes.world // per_node if same and per_node > 1 else 1
+    copies = nodes if processes.agree(peak_gib(processes.world // nodes) <= room_gib) else 1
+    model = from_hf(scorer.causal_model.config)
+    weight_bytes = {"fp32": 4, "bf16": 2, "fp8_torchao": 1}[config.precision]
+    whole_gib = model.num_layers * model.num_layer_matmul_parameters * weight_bytes / planner.GIB
+    return copies, processes.agree(peak_gib(processes.world // copies) + whole_gib <= room_gib)
+
+
+def _peak_gib(scorer: Scorer, config: TrainConfig, num_shards: int) -> float:
+    trained = [parameter.requires_grad for parameter in scorer.parameters()]
+    planned = planner.plan(
+        from_hf(scorer.causal_model.config),
+        config,
+        num_steps=1,
+        precision=config.precision,  # type: ignore[arg-type]
+        world_size=num_shards,
+        loss_kernel=scorer.kernel,  # type: ignore[arg-type]
+        compiled=config.compile != "none",
+        num_trainable_parameters=None
+        if all(trained)
+        else sum(p.numel() for p in scorer.parameters() if p.requires_grad),
+    )
+    return planned.peak_gib
 
 
 def _is_all_bf16(scorer: Scorer, config: TrainConfig) -> bool:

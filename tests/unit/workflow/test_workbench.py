@@ -108,6 +108,51 @@ def test_cheap_recomputation_without_compiling_is_refused() -> None:
         training.decide(recipe.pretrain)
 
 
+class Agreeing(parallel.Processes):
+    """Processes of one opinion."""
+
+    def sum(self, values: list[float]) -> list[float]:
+        return [value * self.world for value in values]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "per_node", "memory_gib", "rows", "expected"),
+    [
+        (1, 2, 140, 8, (1, True)),
+        (1, 2, 80, 4, (1, True)),
+        (1, 2, 80, 5, (1, False)),
+        (1, 8, 80, 2, (1, True)),
+        (2, 8, 80, 2, (2, True)),
+        (4, 8, 40, 1, (4, True)),
+        (4, 8, 40, 2, (4, False)),
+        (4, 2, 40, 1, (4, False)),
+        (4, 2, 40, 2, (1, False)),
+        (4, 1, 80, 2, (1, True)),
+    ],
+)
+def test_memory_decides_how_the_7b_is_shared_out(
+    nodes: int,
+    per_node: int,
+    memory_gib: float,
+    rows: int,
+    expected: tuple[int, bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A copy on each node where a node's GPUs have room for it, and layers gathered once."""
+    _, recipe = recipes.resolve("7b", overrides=[f"pretrain.micro_batch={rows}"])
+    config = dataclasses.replace(recipe.pretrain, precision="bf16")
+    monkeypatch.setattr(workbench, "detect_gpu_type", lambda: {"memory_gib": memory_gib})
+    model = types.SimpleNamespace(config=recipe.model.to_hf())
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    scorer: Any = types.SimpleNamespace(
+        causal_model=model, kernel="cce", parameters=lambda: iter(weights)
+    )
+    processes = Agreeing(
+        rank=0, world=nodes * per_node, device=torch.device("cpu"), per_node=per_node
+    )
+    assert workbench.sharding(scorer, config, processes) == expected
+
+
 def test_four_bits_train_on_one_gpu() -> None:
     _, recipe = recipes.resolve(overrides=["lora.base=nf4"])
     two = parallel.Processes(rank=0, world=2, device=torch.device("cpu"))

@@ -1,0 +1,199 @@
+"""Four processes, as two nodes of two, train a toy model whole and sharded; see test_sharding."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sevenfold.model import float8
+from sevenfold.train import adamw_8bit, checkpoint, parallel
+from sevenfold.train import optimizer as optimizers
+from sevenfold.train.config import OptimizerConfig
+
+STEPS, MICRO_BATCHES, WIDTH, INNER = 3, 2, 256, 32
+
+
+class Layer(nn.Module):
+    """An MLP beside the residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH)
+
+    def forward(self, values: Tensor) -> Tensor:
+        found: Tensor = values + self.down(nn.functional.silu(self.up(values)))
+        return found
+
+
+class Toy(nn.Module):
+    """Two layers and a head, whose loss is summed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer(), Layer()])
+        self.head = nn.Linear(WIDTH, 16)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, values: Tensor) -> Tensor:
+        for layer in self.layers:
+            values = layer(values)
+        found: Tensor = self.head(values).float().square().sum()
+        return found
+
+
+def make_optimizer(model: nn.Module, kind: Any) -> torch.optim.Optimizer:
+    config = OptimizerConfig(
+        kind=kind, betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.1, clip_norm=1.0
+    )
+    made = optimizers.make_optimizer(model, config)
+    optimizers.set_learning_rate(made, 0.01)
+    return made
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, rows: Tensor, processes: parallel.Processes
+) -> list[float]:
+    """Train as the loop does; return the losses of the steps."""
+    losses, parameters = [], list(model.parameters())
+    for _ in range(STEPS):
+        total = 0.0
+        for row in parallel.exchanging_once(model, rows):
+            loss = model(row)
+            (loss * processes.world / 1000).backward()
+            total += float(loss.detach())
+        norm, _ = optimizers.gradient_norm(parameters)
+        optimizers.clip_gradients(parameters, 1.0, norm)
+        optimizers.update(optimizer, model)
+        optimizer.zero_grad(set_to_none=True)
+        losses += processes.sum([total])
+    return losses
+
+
+def compare(
+    processes: parallel.Processes,
+    *,
+    num_copies: int,
+    keep_whole: bool = False,
+    in_fp8: bool = False,
+    kind: str = "adamw",
+    bf16: bool = False,
+) -> dict[str, Any]:
+    """Return what one process and all of them come to from the same weights and rows.
+
+    Then what they have gathered is shared out to other sharded weights, which must go on alike.
+    """
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    torch.manual_seed(0)
+    whole, later = Toy().to(dtype), Toy().to(dtype)
+    sharded = copy.deepcopy(whole)
+    if in_fp8:
+        float8.convert_with_torchao(whole, emulate=True)
+    for each in (sharded, later):
+        if in_fp8:
+            float8.convert_with_torchao(each, emulate=True, sharded=True)
+        how = {"bf16": bf16, "keep_whole": keep_whole, "num_copies": num_copies}
+        parallel.shard(each, list(each.layers), processes, **how)
+    rows = torch.randn(processes.world * MICRO_BATCHES, 4, WIDTH, dtype=dtype)
+    own = rows[processes.rank :: processes.world]
+    alone = parallel.Processes(rank=0, world=1, device=processes.device)
+    expected = train(whole, make_optimizer(whole, kind), rows, alone)
+    optimizer = make_optimizer(sharded, kind)
+    EXCHANGES.clear()
+    losses = train(sharded, optimizer, own, processes)
+    num_exchanges = len(EXCHANGES)
+    parts: list[Any] = [None] * processes.world
+    local = {name: adamw_8bit._local(p) for name, p in sharded.named_parameters()}
+    dist.all_gather_object(parts, checkpoint.digest(local))
+    gathered = [parallel.gather_model(sharded, processes)]
+    dist.broadcast_object_list(gathered)
+    moments = {
+        name: value.clone()
+        for name, value in parallel.gather_optimizer(sharded, optimizer, processes).items()
+    }
+    other = make_optimizer(later, kind)
+    parallel.scatter_model(later, gathered[0], processes)
+    parallel.scatter_optimizer(later, other, dict(moments), processes)
+    again = parallel.gather_optimizer(later, other, processes)
+    torch.manual_seed(1)
+    on = train(sharded, optimizer, own, processes)
+    torch.manual_seed(1)
+    other_on = train(later, other, own, processes)
+    return {
+        "losses": [expected, losses],
+        "weights": [
+            float((gathered[0][name] - value).abs().max())
+            for name, value in whole.state_dict().items()
+        ],
+        "parts": parts,
+        "same_moments": all(torch.equal(again[name], moments[name]) for name in moments),
+        "later": [on, other_on],
+        "num_exchanges": num_exchanges,
+    }
+
+
+EXCHANGES: list[int] = []
+
+
+def count_exchanges() -> None:
+    """Note the sizes of what is summed over processes, but for single numbers."""
+    inner = dist.all_reduce
+
+    def counted(tensor: Tensor, *arguments: Any, **named: Any) -> Any:
+        if tensor.numel() > 100:
+            EXCHANGES.append(tensor.numel())
+        return inner(tensor, *arguments, **named)
+
+    dist.all_reduce = counted
+
+
+def run(target: Path) -> None:
+    """Compare every way to shard; the first process writes what it found."""
+    count_exchanges()
+    processes = parallel.join()
+    copies = processes.world // processes.per_node
+    found = {
+        "in all": compare(processes, num_copies=1),
+        "copies": compare(processes, num_copies=copies),
+    }
+    if "torchao" in sys.argv:
+        in_8_bits: dict[str, Any] = {"num_copies": copies, "in_fp8": True, "kind": "adamw_8bit"}
+        found["fp8"] = compare(processes, keep_whole=True, **in_8_bits)
+        found["fp8 and bf16"] = compare(processes, bf16=True, **in_8_bits)
+    if processes.is_main:
+        target.write_text(json.dumps(found))
+
+
+def main(target: Path) -> int:
+    """Run in four processes that share what has been imported; return how many failed."""
+    if "torchao" in sys.argv:
+        importlib.import_module("torchao.float8")
+    torch.set_num_threads(1)
+    children = []
+    for rank in range(4):
+        child = os.fork()
+        if child == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank % 2)}
+            try:
+                run(target)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    return sum(os.waitpid(child, 0)[1] != 0 for child in children)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,82 @@
+"""Ways to share a model out over processes come to what one process comes to."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).parents[3]
+HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
+WAYS = ["in all", "copies", "fp8", "fp8 and bf16"]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What sharding.py finds, in four processes on two nodes of two."""
+    target = tmp_path_factory.mktemp("sharding") / "found.json"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    paths = f"{REPOSITORY / 'src'}:{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"
+    sizes = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.unit.train.sharding", str(target)]
+        + (["torchao"] if HAS_TORCHAO else []),
+        env={**os.environ, **meeting, **sizes, "PYTHONPATH": paths},
+        cwd=REPOSITORY,
+        timeout=240,
+        check=True,
+    )
+    read: dict[str, Any] = json.loads(target.read_text())
+    return read
+
+
+def of(found: dict[str, Any], way: str) -> dict[str, Any]:
+    if way.startswith("fp8") and not HAS_TORCHAO:
+        pytest.skip("torchao is not installed")
+    chosen: dict[str, Any] = found[way]
+    return chosen
+
+
+@pytest.mark.fault("C09")
+@pytest.mark.parametrize("way", WAYS)
+def test_training_comes_to_what_one_process_comes_to(found: dict[str, Any], way: str) -> None:
+    """bf16 weights are rounded by chance, sharded ones by other draws: they agree to per cents."""
+    one, several = of(found, way)["losses"]
+    by_chance = way == "fp8 and bf16"
+    assert np.allclose(one, several, rtol=0.03 if by_chance else 1e-5)
+    assert max(of(found, way)["weights"]) < (0.05 if by_chance else 1e-4)
+    assert one[-1] < one[0] / 3
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_node_holds_the_same_copy(found: dict[str, Any], way: str) -> None:
+    """Also where weights are rounded by chance: what a checkpoint takes is one copy."""
+    first, second, *others = of(found, way)["parts"]
+    assert first != second
+    assert (others == [first, second]) == (way != "in all")
+
+
+@pytest.mark.fault("C09")
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_gathered_is_shared_out_again(found: dict[str, Any], way: str) -> None:
+    """FP8 casts weights by scales that are to be of the weights that were put back."""
+    assert of(found, way)["same_moments"]
+    on, other_on = of(found, way)["later"]
+    assert on == other_on
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_copies_exchange_gradients_once_a_step(found: dict[str, Any], way: str) -> None:
+    """Two micro-batches a step, three steps, and three parts of the model."""
+    assert of(found, way)["num_exchanges"] == (0 if way == "in all" else 9)
