@@ -26,6 +26,8 @@ from sevenfold.base.errors import UsageError
 NO_TARGET = -100
 # What an example of a preference row is: a pair of answers, or a single one.
 PAIR, ANSWER = 1, 2
+# Positions that carry loss are taken together in multiples of this, so that there are few sizes.
+SCORED_TOGETHER = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,9 @@ class Batch:
     nth branch, None where documents do not branch. For preferences, ``answers_bt`` numbers the
     answers within their row (-1 elsewhere), ``examples_bs`` says what example s of a row is (0
     nothing, 1 a pair made of answers 2s and 2s+1, 2 a single answer 2s), ``reference_bs2`` holds
-    the reference model's log-probabilities of the two.
+    the reference model's log-probabilities of the two. ``scored_n``, where it is known, are the
+    places in ``targets_bt.flatten()`` whose loss is to be computed, all that have a target among
+    them.
     """
 
     inputs_bt: Tensor
@@ -48,6 +52,7 @@ class Batch:
     answers_bt: Tensor | None = None
     examples_bs: Tensor | None = None
     reference_bs2: Tensor | None = None
+    scored_n: Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -56,13 +61,29 @@ class Batch:
 
     def rows(self, start: int, stop: int, step: int = 1) -> Batch:
         """Return rows ``start:stop:step``."""
-        return self._map(lambda tensor: tensor[start:stop:step])
+        whole = dataclasses.replace(self, scored_n=None)
+        return whole._map(lambda tensor: tensor[start:stop:step])
 
     def to(self, device: torch.device) -> Batch:
-        """Copy to ``device``."""
+        """Copy to ``device``; for a GPU with the places that are to be scored."""
         if device.type == "cpu":
             return self
-        return self._map(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
+        known = self.with_scored_places()
+        return known._map(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
+
+    def with_scored_places(self) -> Batch:
+        """Return the same with ``scored_n``, if that leaves anything out.
+
+        It is found here, before the rows are on a GPU, which would have to be waited for. Places
+        without a target fill it up to whole multiples.
+        """
+        targets_n = self.targets_bt.flatten()
+        wanted = int((targets_n != NO_TARGET).sum())
+        count = max(1, -(-wanted // SCORED_TOGETHER)) * SCORED_TOGETHER
+        if count >= len(targets_n):
+            return self
+        order_n = torch.argsort((targets_n == NO_TARGET).to(torch.uint8), stable=True)
+        return dataclasses.replace(self, scored_n=order_n[:count].sort().values)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

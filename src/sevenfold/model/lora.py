@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from sevenfold.base import storage
 from sevenfold.base.errors import CheckpointError, UsageError, nearest
@@ -35,12 +36,14 @@ def add_adapter(model: PreTrainedModel, config: LoRAAdapterConfig) -> PeftModel:
     """Freeze ``model`` and add an adapter that changes nothing until it is trained.
 
     With DoRA on bf16 weights that holds to rounding only. Its weights are fp32, drawn from
-    PyTorch's CPU generator: seed that first.
+    PyTorch's CPU generator: seed that first. Its products are computed in the type of what the
+    layer reads (DoRA's in fp32).
 
     Errors:
         UsageError: a target matches no linear module; the message names the nearest.
     """
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
 
     targets = find_targets(model, config.targets)
     settings = LoraConfig(
@@ -55,7 +58,32 @@ def add_adapter(model: PreTrainedModel, config: LoRAAdapterConfig) -> PeftModel:
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5.23 for a property that was renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
-        return get_peft_model(model, settings)
+        adapted = get_peft_model(model, settings)
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer) and not config.use_dora:
+            module.cast_input_dtype_enabled = False
+            module.lora_variant[ADAPTER] = _InTypeOfInput()
+    return adapted
+
+
+class _InTypeOfInput:
+    """How PEFT computes a layer's adapter: in bf16 where the layer is, from weights in fp32.
+
+    PEFT's own way would write each input and each output in fp32, twice the bytes of the layer's.
+    """
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        """Return ``result`` [..., o] with what the adapter makes of ``x`` [..., i] added."""
+        down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        scaling = module.scaling[active_adapter]
+        x = module.lora_dropout[active_adapter](x)
+        if x.dtype == up.weight.dtype:
+            change: Tensor = up(down(x)) * scaling
+        else:
+            inner = functional.linear(x, down.weight.to(x.dtype))
+            change = functional.linear(inner, (up.weight * scaling).to(x.dtype))
+        return result + change
 
 
 def find_targets(model: PreTrainedModel, targets: str | tuple[str, ...]) -> list[str]:

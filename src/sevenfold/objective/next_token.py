@@ -71,12 +71,15 @@ class Scorer(nn.Module):
             ),
             use_cache=False,
         ).last_hidden_state
-        scores_n = negative_log_likelihood(
-            hidden_bth.flatten(0, 1),
-            causal.get_output_embeddings().weight,
-            batch.targets_bt.flatten(),
-            kernel=self.kernel,
+        hidden_nh, targets_n = hidden_bth.flatten(0, 1), batch.targets_bt.flatten()
+        head_vh, places = causal.get_output_embeddings().weight, batch.scored_n
+        if places is None:
+            scores_n = negative_log_likelihood(hidden_nh, head_vh, targets_n, kernel=self.kernel)
+            return scores_n.view_as(batch.targets_bt)
+        found = negative_log_likelihood(
+            hidden_nh.index_select(0, places), head_vh, targets_n[places], kernel=self.kernel
         )
+        scores_n = found.new_zeros(targets_n.shape).index_put((places,), found)
         return scores_n.view_as(batch.targets_bt)
 
 

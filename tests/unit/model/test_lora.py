@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
 from sevenfold.base import storage
 from sevenfold.base.config import build
 from sevenfold.base.errors import CheckpointError, UsageError
 from sevenfold.model.config import InitConfig, LoRAAdapterConfig, ModelConfig
+from sevenfold.model.float8 import convert_to_float8
 from sevenfold.model.llama import initialize, save_model
 from sevenfold.model.lora import (
     add_adapter,
@@ -85,6 +87,65 @@ def test_named_targets(base: Any) -> None:
     names = [n for n, p in add_adapter(base, config).named_parameters() if p.requires_grad]
     assert len(names) == 8
     assert all("q_proj" in name or "v_proj" in name for name in names)
+
+
+# The compiler looks at the .grad of tensors that have none.
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_in_a_compiled_layer_frozen_weights_cost_no_gradient(
+    tiny: ModelConfig, init: InitConfig, precision: str
+) -> None:
+    """One graph each way; adapters compute in bf16, and no product is for a frozen weight.
+
+    Seven layers are asked for: forward one product of the base and two of the adapter, backward one
+    of the base, to the input, and four of the adapter. Back end: none, as it would take long.
+    """
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    torch.compiler.reset()
+    model = initialize(tiny, init, 0, torch.bfloat16)
+    if precision == "fp8":
+        convert_to_float8(model, emulate=True)
+    adapted = trained(add_adapter(model, CONFIG))
+    layer = model.model.layers[1]
+    layer.compile(fullgraph=True, dynamic=False, backend=backend)
+    hidden_bth = adapted.get_decoder()(input_ids=IDS_BT, use_cache=False).last_hidden_state
+    hidden_bth.float().square().sum().backward()
+    kinds = [
+        [node.args[0].meta["val"].dtype for node in graph.graph.nodes if _is_product(node)]
+        for graph in graphs
+    ]
+    # The emulation of FP8 multiplies in fp64.
+    base = torch.float64 if precision == "fp8" else torch.bfloat16
+    found = [(kind.count(base), kind.count(torch.bfloat16), len(kind)) for kind in kinds]
+    assert found == ([(7, 14, 21), (7, 28, 35)] if precision == "fp8" else [(21,) * 3, (35,) * 3])
+    assert all(p.grad is None for n, p in adapted.named_parameters() if "lora_" not in n)
+    assert all(p.grad.dtype == torch.float32 for n, p in adapted.named_parameters() if "lora_" in n)
+
+
+def _is_product(node: torch.fx.Node) -> bool:
+    return node.target is torch.ops.aten.mm.default
+
+
+def test_a_bf16_layer_and_its_adapter_say_what_peft_says_to_rounding(
+    tiny: ModelConfig, init: InitConfig
+) -> None:
+    adapted = trained(add_adapter(initialize(tiny, init, 0, torch.bfloat16), CONFIG))
+    ours = logits(adapted).float()
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            del module.lora_variant["default"]
+            module.cast_input_dtype_enabled = True
+    theirs = logits(adapted).float()
+    assert 0 < (ours - theirs).norm() < 0.01 * theirs.norm()
 
 
 @pytest.mark.fault("J06")

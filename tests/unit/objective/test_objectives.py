@@ -119,6 +119,45 @@ def test_embeddings_are_noisy_only_in_training_and_as_the_generator_says(scorer:
 
 
 @pytest.mark.parametrize("kernel", ["plain", "chunked"])
+def test_only_what_carries_loss_goes_through_the_head(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores and gradients stay; 7 targets in two rows of 16 are scored as 8 places, not 32."""
+    from sevenfold.data import batches
+    from sevenfold.objective import linear_cross_entropy, next_token
+
+    monkeypatch.setattr(linear_cross_entropy, "_compiled", lambda function: function)
+    monkeypatch.setattr(batches, "SCORED_TOGETHER", 8)
+    pieces = [Piece(list(range(1, 13)), [0] * 8 + [1] * 4), Piece([5, 6, 7, 8], [0, 1, 1, 1])]
+    pieces.append(Piece([3] * 16, [0] * 16))
+    rows = PackedConversations(pieces, 16, pad_id=0, seed=1)
+    batch = rows.batch(np.arange(rows.num_rows), 16)
+    assert batch.num_rows == 2
+    scorer, seen = make_scorer(), []
+    scorer.kernel = kernel
+    real = next_token.negative_log_likelihood
+
+    def watched(hidden_nh: torch.Tensor, *args: Any, **settings: Any) -> torch.Tensor:
+        seen.append(len(hidden_nh))
+        return real(hidden_nh, *args, **settings)
+
+    monkeypatch.setattr(next_token, "negative_log_likelihood", watched)
+    found = []
+    for given in (batch, batch.with_scored_places()):
+        scores_bt = scorer(given)
+        found.append((scores_bt.detach(), gradients(scorer, scores_bt.sum())))
+    assert seen == [32, 8]
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-6)
+    for name, gradient in found[0][1].items():
+        assert torch.allclose(found[1][1][name], gradient, atol=1e-6), name
+    # Where that spares nothing all go through; rows taken from a batch are to be looked at anew.
+    monkeypatch.setattr(batches, "SCORED_TOGETHER", 32)
+    assert batch.with_scored_places().scored_n is None
+    monkeypatch.setattr(batches, "SCORED_TOGETHER", 8)
+    assert batch.with_scored_places().rows(0, 1).scored_n is None
+
+
+@pytest.mark.parametrize("kernel", ["plain", "chunked"])
 @pytest.mark.parametrize("trained", ["both", "hidden", "weight"])
 def test_kernels_equal_the_textbook_form(
     kernel: str, trained: str, monkeypatch: pytest.MonkeyPatch
