@@ -48,6 +48,12 @@ class Asked:
         return int(self.options.micro_batch or self.config.micro_batch)
 
     @property
+    def rows_a_step(self) -> float:
+        """Rows that the peer takes in a step: as many as ours, unless it is to take fewer."""
+        tokens = self.options.peer_tokens or self.config.tokens_per_batch
+        return float(tokens / self.config.longest_context)
+
+    @property
     def device(self) -> torch.device:
         """Where the peer trains."""
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,6 +68,9 @@ def ask(description: str, stages: tuple[str, ...]) -> Asked:
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--steps", type=int, default=4, help="measured steps, of both")
     parser.add_argument("--micro-batch", type=int, help="of the peer; default: the recipe's")
+    parser.add_argument(
+        "--peer-tokens", type=int, help="tokens of the peer's step; default: the recipe's"
+    )
     parser.add_argument("--recompute", action="store_true", help="the peer's, of all layers")
     parser.add_argument("--compile", action="store_true", help="the peer's whole model")
     parser.add_argument("--alone", action="store_true", help="measure the peer only")

@@ -1,7 +1,7 @@
 """What most people run, beside ours: transformers' Llama with all of Liger and a plain loop.
 
     python bench/peers/transformers_liger.py pretrain|sft [--preset 7b] [--set a.b=c] [--steps N]
-        [--micro-batch N] [--recompute] [--compile] [--alone]
+        [--micro-batch N] [--peer-tokens N] [--recompute] [--compile] [--alone]
 
 Three JSON lines: ours, theirs, and the ratio. On a GPU Liger puts in RoPE, RMSNorm, SwiGLU and the
 fused linear cross-entropy; on a CPU, where its kernels fail, the plain model trains, for a test.
@@ -74,7 +74,7 @@ def main() -> None:
     config, rows, model = asked.config, rows_of(asked), model_of(asked)
     updater = optimizer.make_optimizer(model, config.optimizer)
     optimizer.set_learning_rate(updater, 1e-6)
-    rows_a_step = max(1, config.tokens_per_batch // config.longest_context)
+    rows_a_step = max(1, round(asked.rows_a_step))
     autocast = torch.autocast(asked.device.type, torch.bfloat16, enabled=config.precision != "fp32")
     timer = beside.Timer()
     for step in range(beside.WARM_UP + asked.options.steps):

@@ -1,11 +1,12 @@
 """TRL's SFT (packed), DPO (precomputed reference) and LoRA beside ours, on the same rows.
 
     python bench/peers/trl_peer.py sft|dpo|lora [--preset 7b] [--set a.b=c] [--steps N]
-        [--micro-batch N] [--recompute] [--liger] [--compile] [--alone]
+        [--micro-batch N] [--peer-tokens N] [--recompute] [--liger] [--compile] [--alone]
 
 Three JSON lines: ours, TRL's, and the ratio. TRL gets ids, so that it tokenises nothing, and as
-many rows a step as ours; what carries loss is the same. Its first two steps are not measured, nor
-the reference's log-probabilities, which it computes before them.
+many rows a step as ours, or --peer-tokens where a step would take too long; what carries loss is
+the same. Its first two steps are not measured, nor the reference's log-probabilities, which it
+computes before them.
 """
 
 from __future__ import annotations
@@ -103,10 +104,9 @@ def instruction_trainer(asked: beside.Asked, timer: beside.Timer) -> Any:
             target_modules=targets,
             task_type="CAUSAL_LM",
         )
-    rows_a_step = asked.config.tokens_per_batch / asked.config.longest_context
     return SFTTrainer(
         model=beside.llama(asked),
-        args=SFTConfig(packing=True, **settings(asked, rows_a_step)),
+        args=SFTConfig(packing=True, **settings(asked, asked.rows_a_step)),
         train_dataset=Dataset.from_dict(columns),
         processing_class=tokenizer(asked.recipe.model.vocab_size),
         peft_config=adapter,
@@ -130,9 +130,7 @@ def preference_trainer(asked: beside.Asked, timer: beside.Timer) -> Any:
         "chosen_ids": [list(pair.chosen) for pair in rows.preferences],
         "rejected_ids": [list(pair.rejected) for pair in rows.preferences],
     }
-    row_length = asked.config.longest_context
-    pairs_a_row = len(rows.preferences) / rows.num_rows
-    told = settings(asked, asked.config.tokens_per_batch / row_length * pairs_a_row)
+    told = settings(asked, asked.rows_a_step * len(rows.preferences) / rows.num_rows)
     needed = told["max_steps"] * told["gradient_accumulation_steps"] * asked.micro_batch
     args = DPOConfig(precompute_ref_log_probs=True, beta=asked.recipe.dpo.beta, **told)
     return Ready(

@@ -237,6 +237,7 @@ def test_the_peer_that_is_measured_gets_our_rows(
 
     told = ["--preset", "demo", "--steps", "1", "--micro-batch", "2", "--alone"]
     told += ["--set", f"{what}.train.tokens_per_batch=256"]
+    told += ["--peer-tokens", "1024"] if what == "dpo" else []
     monkeypatch.setattr(sys, "argv", ["trl_peer.py", what, *told])
     seen: list[Any] = []
     finish = peer.count
@@ -250,6 +251,8 @@ def test_the_peer_that_is_measured_gets_our_rows(
         ).preferences
         assert [row["chosen_ids"] for row in rows] == [p.chosen for p in ours[: len(rows)]]
         assert line["pairs_s_per_gpu"] > 0
+        # Four rows a step instead of one, of at least two pairs each.
+        assert seen[0].args.gradient_accumulation_steps >= 4
     else:
         pieces = random_rows.random_conversations(768, 256, vocab_size=1024, seed=7).pieces
         assert sorted(i for row in rows for i in row["input_ids"]) == sorted(
