@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask, fl
 
 from sevenfold.data.packing import PackedPreferences, Preference
 from sevenfold.model.attention import document_mask, may_look
+from sevenfold.model.float8 import ROUNDS, begin_step, convert_to_float8, end_step
 from sevenfold.objective.next_token import Scorer
 from sevenfold.objective.preference import preference_objective, reference_scores
 
@@ -123,6 +124,31 @@ def test_the_first_loss_is_ln_2_with_shared_prompts(scorer: Scorer) -> None:
     assert float(summed.total.detach()) / pairs == pytest.approx(math.log(2), abs=1e-6)
     assert float(summed.extras["margin"]) == pytest.approx(0.0, abs=1e-5)
     assert float(summed.extras["kl"]) == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.fault("I01")
+def test_in_fp8_the_first_loss_is_ln_2_too() -> None:
+    """The reference is cast with each input's own scale, the policy with that of earlier passes.
+
+    Both are powers of two, so that the same values round alike, as long as none is out of range.
+    """
+    scorer = make_scorer()
+    before = packed(scorer, random_preferences(7), share=True).reference_n2
+    convert_to_float8(scorer.model, emulate=True)
+    rows = packed(scorer, random_preferences(7), share=True)
+    assert before is not None
+    assert rows.reference_n2 is not None
+    assert np.abs(rows.reference_n2 - before).max() > 0.1  # FP8 it is
+    objective = preference_objective(beta=BETA, nll_weight=0.0)
+    batch = rows.batch(np.arange(rows.num_rows), ROW)
+    for _ in range(ROUNDS):
+        begin_step(scorer)
+        objective.total(scorer, batch).total.backward()
+        end_step(scorer)
+    summed = objective.total(scorer, batch)
+    mean = float(summed.total.detach()) / float(summed.extras["pairs"])
+    assert mean == pytest.approx(math.log(2), abs=1e-5)
+    assert float(summed.extras["kl"]) == pytest.approx(0.0, abs=1e-4)
 
 
 def test_a_pair_is_laid_out_as_a_trunk_with_two_branches() -> None:
