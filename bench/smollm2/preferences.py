@@ -63,11 +63,16 @@ def pairs(data: Path) -> Iterator[dict[str, str]]:
         yield {"prompt": prompt, "chosen": row["response"], "rejected": draw.choice(REFUSALS)}
 
 
+def shuffled(data: Path) -> list[dict[str, str]]:
+    """Return the rows, mixed."""
+    rows = list(pairs(data))
+    random.Random(SEED).shuffle(rows)
+    return rows
+
+
 def main() -> None:
     """Write the rows to standard output."""
-    rows = list(pairs(Path(sys.argv[1])))
-    random.Random(SEED).shuffle(rows)
-    for row in rows:
+    for row in shuffled(Path(sys.argv[1])):
         sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

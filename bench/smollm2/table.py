@@ -35,11 +35,17 @@ NAMES = {"pretrain": "as it came", "sft": "SFT", "dpo": "DPO", "lora": "LoRA on 
 
 def main() -> None:
     """Print the table."""
-    run, recipe = recipes.resolve(None, None, [], Path(sys.argv[1]))
+    sys.stdout.write(table(Path(sys.argv[1])))
+
+
+def table(folder: Path) -> str:
+    """Return the table of the stages that have been measured."""
+    run, recipe = recipes.resolve(None, None, [], folder)
     run = open_run(run.folder)
     stages = [s for s in GATED_STAGES if (run.stage(s) / "evaluation.json").is_file()]
     evidence = {stage: read_evidence(run, recipe.evaluate, stage) for stage in stages}
-    out = sys.stdout.write
+    lines: list[str] = []
+    out = lines.append
     out(f"| metric | {' | '.join(NAMES[stage] for stage in stages)} |\n")
     out(f"| --- |{' --- |' * len(stages)}\n")
     for metric, title in METRICS.items():
@@ -55,9 +61,9 @@ def main() -> None:
         seconds = storage.read_json(run.stage(stage) / "evaluation.json")["elapsed_s"]
         out(
             f"\n{NAMES[stage]}: promoted {promoted}, {record.get('metrics', {}).get('step', 0)} "
-            f"steps in {record['elapsed_s']:.0f} s, measured in {seconds:.0f} s"
+            f"steps in {record['elapsed_s']:.0f} s, measured in {seconds:.0f} s\n"
         )
-    out("\n")
+    return "".join(lines)
 
 
 def _cell(metric: str, stage: str, before: list[str], evidence: dict[str, gates.Evidence]) -> str:
