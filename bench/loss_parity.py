@@ -1,0 +1,373 @@
+"""Does training in few bits learn what training in fp32 learns? Same rows, order and first weights.
+
+    python bench/loss_parity.py prepare $DATA/pretrain/books runs/parity      # on any machine
+    python bench/loss_parity.py train runs/parity/data/packed loss_parity.json   # on a GPU
+    python bench/loss_parity.py show loss_parity.json
+
+``prepare`` makes rows by the steps 01 to 03 of preset small. ``train`` trains, all at the same time
+on one GPU, preset small and a cut of the 7B (two layers, else its shape):
+
+    autocast     fp32 weights, AdamW, products in bf16: the reference
+    bf16         bf16 weights with stochastic rounding, 8-bit AdamW
+    bf16_again   the same with other random numbers and another micro-batch: how far two runs of
+                 one recipe drift apart (small only)
+    fp8          as bf16, products in FP8 (ours)
+    fp32         as autocast, products in fp32 (TF32 on a GPU); only with --variant fp32
+
+through `loop.fit`, with the recipe's schedule over the steps below, and prints per variant the
+held-out loss at the end and how far its training curve (means of SMOOTHED steps) is from another's.
+--set goes to every variant. A variant that is stopped leaves its curve as far as it came.
+--rehearse is for a CPU: a tiny model, six steps, FP8 emulated; rows from ``prepare --rehearse``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sevenfold.base import storage
+from sevenfold.base.console import print_raw, print_table
+
+SMOOTHED = 20
+WRITE_EVERY_S = 15
+STEPS = {"small": 180, "7b": 200}
+# All variants compile at the same time.
+COMPILE_THREADS = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
+COMMON = [
+    "tracking=none",
+    "evaluate.tasks=[{name: validation, kind: text}]",
+    "kernels.cce=false",
+    "pretrain.contexts=[{length: 2048, until: 1.0}]",
+    "pretrain.schedule.warmup_fraction=0.1",
+    "pretrain.validate_every=40",
+    "pretrain.log_every=1",
+]
+MODELS = {
+    "small": ["pretrain.micro_batch=8"],  # so that all find room in 80 GB
+    "7b": ["model.num_layers=2", "pretrain.tokens_per_batch=8192", "pretrain.micro_batch=2"],
+}
+TINY_VOCABULARY = ["model.vocab_size=512", "tokenizer.vocab_size=512"]
+TINY = [
+    *TINY_VOCABULARY,
+    "pretrain.contexts=[{length: 256, until: 1.0}]",
+    *("model.hidden_size=64", "model.intermediate_size=128", "model.num_layers=2"),
+    *("model.num_heads=4", "model.num_kv_heads=2", "pretrain.compile=none"),
+    *("pretrain.tokens_per_batch=2048", "pretrain.micro_batch=8", "pretrain.validate_every=3"),
+]
+FP32 = ["pretrain.weights=fp32", "pretrain.optimizer.kind=adamw"]
+BITS8 = ["pretrain.weights=bf16", "pretrain.optimizer.kind=adamw_8bit"]
+VARIANTS = {
+    "autocast": [*FP32, "pretrain.precision=bf16"],
+    "bf16": [*BITS8, "pretrain.precision=bf16"],
+    "bf16_again": [*BITS8, "pretrain.precision=bf16"],
+    "fp8": [*BITS8, "pretrain.precision=fp8"],
+    "fp32": [*FP32, "pretrain.precision=fp32"],
+}
+TRAINED = {"small": ("autocast", "bf16", "bf16_again", "fp8"), "7b": ("autocast", "bf16", "fp8")}
+# Which curve is compared with which, and how many per cent apart they may be: the loss held out at
+# the end, and (None: not asked) the smoothed training loss at its worst.
+COMPARED = (
+    ("autocast", "fp32", None, None),
+    ("bf16", "fp32", 0.5, None),
+    ("bf16", "autocast", 0.5, None),
+    ("bf16_again", "bf16", None, None),
+    ("fp8", "bf16", 1.0, 1.0),
+    ("fp8", "autocast", None, None),
+)
+
+
+def prepare(books: Path, folder: Path, *, rehearse: bool) -> None:
+    """Make packed rows of the books by our own steps."""
+    program = [sys.executable, "-m", "sevenfold.workflow.cli"]
+    changes = [*COMMON[:2], *(TINY_VOCABULARY if rehearse else [])]
+    settings = [part for change in changes for part in ("--set", change)]
+    for step in (
+        ["download", "--preset", "small", *settings, "--source", str(books)],
+        ["clean"],
+        ["tokenize"],
+    ):
+        subprocess.run([*program, *step, "--run", str(folder)], check=True)
+
+
+def unigram_nats(packed: Path) -> float:
+    """Return the held-out loss of a model that knows only how frequent each token is."""
+    facts = storage.read_manifest(packed)
+    counts = {}
+    for split in ("train", "validation"):
+        arrays = [
+            np.load(path, mmap_mode="r", allow_pickle=False)
+            for path in sorted(packed.glob(f"{split}-*.npy"))
+        ]
+        ids = np.concatenate([array.reshape(-1) for array in arrays])
+        counts[split] = np.bincount(ids, minlength=facts["vocab_size"])
+    likelihood = np.log((counts["train"] + 1) / (counts["train"] + 1).sum())
+    return float(-(counts["validation"] * likelihood).sum() / counts["validation"].sum())
+
+
+def train_variant(options: argparse.Namespace, model_name: str, variant: str) -> None:
+    """Train one variant and print a line of JSON for each step, and one at the end."""
+    import torch
+
+    from sevenfold.train import loop, planner
+    from sevenfold.workflow import recipe as recipes
+    from sevenfold.workflow import training
+
+    started = time.perf_counter()
+    changes = [*COMMON, *MODELS[model_name], *(TINY if options.rehearse else [])]
+    steps = 6 if options.rehearse else options.steps or STEPS[model_name]
+    changes += [f"pretrain.duration={{steps: {steps}}}", *VARIANTS[variant], *options.set]
+    recipe = recipes.resolve(model_name, None, changes, Path("runs/loss-parity-unused"))[1]
+    config, again = recipe.pretrain, variant == "bf16_again"
+    if again:
+        config = dataclasses.replace(config, micro_batch=max(1, config.micro_batch // 2))
+    emulated = options.rehearse and config.precision == "fp8" and not torch.cuda.is_available()
+    if emulated:
+        config = dataclasses.replace(config, precision="bf16")
+    tried = build(recipe, training.decide(config), emulated=emulated, seed=recipe.seed + again)
+    bench = put_on_bench(tried, options.rows, steps, Printed(), whole=not options.rehearse)
+    count = bench.validation[0].num_rows
+    print_line({"event": "built", "seconds": time.perf_counter() - started, "held_out_rows": count})
+    last = loop.fit(bench)
+    planned = planner.plan(
+        recipe.model,
+        tried.config,
+        num_steps=steps,
+        precision="fp8" if emulated else tried.config.precision,
+        loss_kernel=tried.scorer.kernel,
+        compiled=tried.config.compile != "none",
+    )
+    done = {
+        "event": "done",
+        "seconds": time.perf_counter() - started,
+        "seconds_in_steps": bench.elapsed_s,
+        "steps_skipped": bench.guard.num_skipped,
+        "peak_gib": last["mem_gib"],
+        "planned_gib": planned.peak_gib,
+    }
+    print_line(done)
+
+
+def build(recipe: Any, config: Any, *, emulated: bool, seed: int) -> Any:
+    """Return a trial with the weights that script 04 draws and stores, loaded as 05 does.
+
+    ``seed`` is that of random numbers while training; the weights depend on the recipe's.
+    """
+    import torch
+
+    from sevenfold.model import attention, float8, llama
+    from sevenfold.train import optimizer, parallel
+    from sevenfold.workflow import trial, workbench
+
+    processes = parallel.join()
+    kernel = workbench.set_backends(config, recipe.kernels)
+    model = llama.initialize(
+        recipe.model, recipe.init, recipe.seed, llama.DTYPES[recipe.init.dtype], processes.device
+    )
+    model.set_attn_implementation(attention.IMPLEMENTATION)
+    model.to(workbench.DTYPES[config.weights]).train()
+    if emulated:
+        float8.convert_to_float8(model, emulate=True)
+    torch.manual_seed(seed)
+    scorer = workbench.make_scorer(model, config, kernel)
+    workbench.place(scorer, config, processes)
+    return trial.Trial(
+        recipe=recipe,
+        stage="pretrain",
+        config=config,
+        processes=processes,
+        scorer=scorer,
+        optimizer=optimizer.make_optimizer(scorer, config.optimizer),
+    )
+
+
+def put_on_bench(tried: Any, packed: Path, steps: int, progress: Any, *, whole: bool) -> Any:
+    """Put the trial on a bench with real rows; held out are all, or one batch if not ``whole``."""
+    from sevenfold.data.batches import Batches, PackedText
+    from sevenfold.data.shards import open_shards
+    from sevenfold.train.recovery import StepGuard
+    from sevenfold.workflow import trial
+
+    config, recipe = tried.config, tried.recipe
+    shards = open_shards(
+        packed, vocab_size=recipe.model.vocab_size, min_length=config.longest_context
+    )
+    bos_id = storage.read_manifest(packed)["bos_id"]
+    rows, held = (PackedText(each, bos_id=bos_id) for each in (shards.train, shards.validation))
+    batches = Batches(
+        rows,
+        tokens_per_batch=config.tokens_per_batch,
+        contexts=config.contexts,
+        num_steps=steps,
+        seed=recipe.seed,
+    )
+    num_batches = held.num_rows // batches.rows_per_batch if whole else 1
+    numbers = np.arange(num_batches * batches.rows_per_batch)
+    return dataclasses.replace(
+        trial.make_bench(tried, config.longest_context, num_steps=steps, rows=rows),
+        batches=batches,
+        validation=[held.batch(numbers, held.row_length)],
+        config=config,
+        guard=StepGuard(sigma=config.spike_sigma, max_in_a_row=config.max_skipped_steps),
+        progress=progress,
+    )
+
+
+class Printed:
+    """Progress as lines of JSON, which the parent process reads."""
+
+    def update(self, row: dict[str, Any]) -> None:
+        """Print one row of metrics."""
+        print_line(row)
+
+
+def print_line(row: dict[str, Any]) -> None:
+    """Print one JSON object, at once."""
+    print_raw(json.dumps(row) + "\n")
+    sys.stdout.flush()
+
+
+def train(options: argparse.Namespace) -> bool:
+    """Train all variants at the same time, write what they say, and show it; True if all ended."""
+    models = options.model or list(MODELS)
+    asked = [(m, v) for m in models for v in options.variant or TRAINED[m]]
+    curves: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(dict)
+    unigram = unigram_nats(options.rows)
+    with ThreadPoolExecutor(len(asked)) as pool:
+        running: dict[Future[int], str] = {}
+        for model_name, variant in asked:
+            rows = curves[model_name][variant] = []
+            command = [sys.executable, __file__, *sys.argv[1:]]
+            command += ["--only", model_name, variant]
+            running[pool.submit(follow, command, f"{model_name} {variant}", rows)] = variant
+        waiting = set(running)
+        while waiting:
+            waiting = wait(waiting, timeout=WRITE_EVERY_S).not_done
+            storage.write_json(options.out, {"unigram_nats": unigram, "curves": curves})
+    show(options.out)
+    return not any(future.result() for future in running)
+
+
+def follow(command: list[str], name: str, rows: list[dict[str, Any]]) -> int:
+    """Collect the lines of JSON that a process prints, pass on the others, return its exit code."""
+    environment = COMPILE_THREADS | os.environ
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if not line.startswith("{"):
+                print_raw(f"{name}: {line}")
+                continue
+            rows.append(json.loads(line))
+            if "event" in rows[-1] or "validation_loss" in rows[-1]:
+                print_raw(f"{name}: {line}")
+                sys.stdout.flush()
+    return process.returncode
+
+
+def smoothed(rows: list[dict[str, Any]]) -> np.ndarray:
+    """Return the mean training loss of every SMOOTHED steps in a row."""
+    losses = np.array([row["loss"] for row in rows if "loss" in row])
+    width = min(SMOOTHED, max(1, len(losses)))
+    return np.convolve(losses, np.full(width, 1 / width), mode="valid") if len(losses) else losses
+
+
+def held_out(rows: list[dict[str, Any]]) -> dict[int, float]:
+    """Return the held-out loss by step."""
+    return {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
+
+
+def show(path: Path) -> None:
+    """Print the table of what a file of curves says."""
+    found = storage.read_json(path)
+    for model_name, curves in found["curves"].items():
+        table = []
+        for variant, rows in curves.items():
+            losses, done = held_out(rows), next((r for r in rows if r.get("event") == "done"), {})
+            last = max(losses, default=0)
+            table.append(
+                [variant, last, losses.get(last), *(done.get(k) for k in DONE), _rate(rows)]
+            )
+        title = f"{model_name}; a unigram model's held-out loss is {found['unigram_nats']:.3f}"
+        columns = ["variant", "step", "held-out loss", *DONE, "median tok/s, sharing the GPU"]
+        print_table(title, columns, table)
+        compared = [_compared(curves, *asked) for asked in COMPARED if {*asked[:2]} <= {*curves}]
+        columns = ["compared", "held-out at the end", "training, largest", "training, mean"]
+        title = f"{model_name}: differences in per cent; training curves as means of {SMOOTHED}"
+        print_table(title, [*columns, "held-out, largest", "asked"], compared)
+
+
+DONE = ("seconds", "seconds_in_steps", "steps_skipped", "peak_gib", "planned_gib")
+
+
+def _rate(rows: list[dict[str, Any]]) -> float | None:
+    rates = [row["tok_s"] for row in rows if "tok_s" in row]
+    return float(np.median(rates)) if rates else None
+
+
+def _compared(
+    curves: dict[str, list[dict[str, Any]]],
+    name: str,
+    other: str,
+    end: float | None,
+    worst: float | None,
+) -> list[Any]:
+    """Return a row of the table: differences of one curve from another, in per cent of that."""
+    ours, theirs = smoothed(curves[name]), smoothed(curves[other])
+    common = min(len(ours), len(theirs))
+    off = 100 * (ours[:common] / theirs[:common] - 1)
+    losses, others = held_out(curves[name]), held_out(curves[other])
+    at = {step: 100 * (losses[step] / others[step] - 1) for step in sorted({*losses} & {*others})}
+    if not common or not at:
+        return [f"{name} against {other}", *[None] * 4, "not trained far enough"]
+    last, largest = list(at.values())[-1], float(abs(off).max())
+    asked = ""
+    if end is not None:
+        met = abs(last) <= end and (worst is None or largest <= worst)
+        asked = f"within {end} %: {'yes' if met else 'no'}"
+    text = [f"{last:+.3f}", f"{largest:.3f}", f"{abs(off).mean():.3f}"]
+    return [f"{name} against {other}", *text, f"{max(map(abs, at.values())):.3f}", asked]
+
+
+def main() -> int:
+    """Do what is asked; 1 if a variant did not come to its end."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    preparing = verbs.add_parser("prepare")
+    preparing.add_argument("books", type=Path)
+    preparing.add_argument("folder", type=Path)
+    preparing.add_argument("--rehearse", action="store_true")
+    training = verbs.add_parser("train")
+    training.add_argument("rows", type=Path)
+    training.add_argument("out", type=Path)
+    training.add_argument("--model", action="append", choices=list(MODELS))
+    training.add_argument("--variant", action="append", choices=list(VARIANTS))
+    training.add_argument("--steps", type=int)
+    training.add_argument("--set", action="append", default=[])
+    training.add_argument("--rehearse", action="store_true")
+    training.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
+    showing = verbs.add_parser("show")
+    showing.add_argument("out", type=Path)
+    options = parser.parse_args()
+    if options.verb == "prepare":
+        prepare(options.books, options.folder, rehearse=options.rehearse)
+    elif options.verb == "show":
+        show(options.out)
+    elif options.only:
+        train_variant(options, *options.only)
+    else:
+        return 0 if train(options) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
