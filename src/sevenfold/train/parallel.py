@@ -139,13 +139,11 @@ def shard(
 
     compute = torch.bfloat16 if bf16 else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    shape = (num_copies, processes.world // num_copies)
+    first = 0 if num_copies > 1 else 1
     mesh = init_device_mesh(
-        processes.device.type,
-        (num_copies, processes.world // num_copies),
-        mesh_dim_names=("copies", "shards"),
+        processes.device.type, shape[first:], mesh_dim_names=("copies", "shards")[first:]
     )
-    if num_copies == 1:
-        mesh = mesh["shards"]
     sharded: list[Any] = [
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep_whole)
         for layer in layers
