@@ -20,6 +20,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -34,6 +35,7 @@ from sevenfold.base.seals import read_json as read_json
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+MOST_READERS = 4
 CARD = "README.md"  # of a model: beside the files that fingerprint it, and loaded by nobody
 # How safetensors says what the system refused: an error of its own, which is no OSError.
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -285,15 +287,21 @@ def verify_folder(
             raise error(f"{path}: missing; the manifest lists it with {file['bytes']} bytes")
         if path.stat().st_size != file["bytes"]:
             raise error(f"{path}: {path.stat().st_size} bytes, the manifest says {file['bytes']}")
-        try:
-            found = sha256_file(path)
-        except OSError as problem:
-            raise error(
-                f"{path}: could not be read ({problem.strerror}); look at the disk"
-            ) from None
-        if found != file["sha256"]:
-            raise error(f"{path}: its SHA-256 is not the manifest's; the file has changed")
+    # hashlib lets go of the interpreter: the large files of a checkpoint are read side by side.
+    with ThreadPoolExecutor(MOST_READERS) as pool:
+        for _ in pool.map(lambda file: _require_bytes(folder, file, error), manifest["files"]):
+            pass
     return manifest
+
+
+def _require_bytes(folder: Path, file: Mapping[str, Any], error: type[SevenfoldError]) -> None:
+    path = folder / file["path"]
+    try:
+        found = sha256_file(path)
+    except OSError as problem:
+        raise error(f"{path}: could not be read ({problem.strerror}); look at the disk") from None
+    if found != file["sha256"]:
+        raise error(f"{path}: its SHA-256 is not the manifest's; the file has changed")
 
 
 def write_array(path: Path, array: NDArray[Any]) -> None:
