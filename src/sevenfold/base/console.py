@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO, cast
 
@@ -150,6 +151,20 @@ def share_cores() -> None:
     Call it before torch is imported: OpenMP reads the variable once.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def keep_compiled_code() -> None:
+    """Let torch.compile keep what it makes in the user's cache folder, for the next process.
+
+    Left to itself it takes the folder for temporary files, which a restart empties and in which
+    others may write. Call it before torch's compiler is imported, which chooses then.
+    """
+    with contextlib.suppress(RuntimeError):  # of a user who has no home
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        folder = home / "sevenfold" / "inductor"
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        if os.access(nearest, os.W_OK):
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def print_line(text: str = "", *, style: str | None = None) -> None:

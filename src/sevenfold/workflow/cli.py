@@ -40,6 +40,7 @@ def execute(arguments: list[str], *, verb: str | None = None, program: str = "se
     debug = "--debug" in arguments
     console.silence_libraries()
     console.share_cores()
+    console.keep_compiled_code()
     console.setup_logging(debug=debug)
     previous = _stop_on_terminate()
     try:
