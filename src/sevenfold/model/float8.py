@@ -277,6 +277,12 @@ def end_step(model: nn.Module) -> None:
     scale_sharded_weights(model)
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """Return the tensor inside the wrapper of a weight that is gathered in FP8, or ``tensor``."""
+    inner: Tensor = getattr(tensor, "_tensor", tensor)
+    return inner
+
+
 def scale_sharded_weights(model: nn.Module) -> None:
     """Compute the scales of all weights that are gathered in FP8, in one exchange.
 

@@ -169,6 +169,19 @@ def load_model(
     return model
 
 
+def build_empty(folder: Path, dtype: torch.dtype, *, attn_implementation: str) -> PreTrainedModel:
+    """Build what :func:`load_model` loads, without its weights, on the meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attn_implementation
+        )
+    note_model(model)
+    return model
+
+
 def unwrap_compiled_model(model: nn.Module) -> nn.Module:
     """Return the model inside what ``torch.compile(model)`` returned, or ``model`` itself."""
     while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):

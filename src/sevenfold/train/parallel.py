@@ -131,9 +131,12 @@ def shard(
     ``keep_whole`` keeps a layer's gathered weights from forward to backward, where memory allows:
     half as many are gathered. Of ``num_copies``, each is sharded over that share of the processes,
     neighbours by rank, and only sums of gradients pass between them. Gradients are summed in fp32.
+    Where the main process alone has weights and others are on the meta device, all get its own.
     """
     if processes.world == 1:
         return
+    empty = processes.sum([float(any(p.is_meta for p in scorer.parameters()))])[0] > 0
+    whole = dict(scorer.state_dict()) if empty and processes.is_main else {}
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -152,7 +155,28 @@ def shard(
     # Asked for one layer ahead, so that a late process does not leave the GPU without weights.
     for module, following in itertools.pairwise([root, *sharded]):
         module.set_modules_to_forward_prefetch([following])
+    if empty:
+        _fill(scorer, whole, processes)
     float8.scale_sharded_weights(scorer)
+
+
+def _fill(model: nn.Module, whole: dict[str, Tensor], processes: Processes) -> None:
+    """Give all processes their shares of the main process's weights, and its random state."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    if any(p.is_meta for p in model.parameters()):
+        model.to_empty(device=processes.device)
+        for module in model.modules():  # tied weights are two empty ones now
+            if callable(tie := getattr(module, "tie_weights", None)):
+                tie()
+    plain: dict[str, Any] = {name: float8.plain(tensor) for name, tensor in whole.items()}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, plain, options=options)
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
+    random = torch.get_rng_state().to(processes.device)
+    dist.broadcast(random, 0)
+    torch.set_rng_state(random.cpu())
 
 
 def exchanging_once(model: nn.Module, micro_batches: Iterable[T]) -> Iterator[T]:

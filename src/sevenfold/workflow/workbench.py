@@ -65,14 +65,16 @@ def load_scorer(job: Job) -> Scorer:
     kernel = set_backends(config, job.recipe.kernels)
     torch.manual_seed(job.recipe.seed)
     is_small = job.stage == "lora" and job.recipe.lora.base == "nf4"
-    model = llama.load_model(
-        job.source.folder,
-        DTYPES[config.weights],
-        "cpu" if is_small else job.processes.device,
-        attn_implementation=attention.IMPLEMENTATION,
-    )
+    folder, dtype, attend = job.source.folder, DTYPES[config.weights], attention.IMPLEMENTATION
+    if job.processes.is_main:
+        # One of several keeps it in main memory, from where all get their shares.
+        shared_out = is_small or job.processes.world > 1
+        device = "cpu" if shared_out else job.processes.device
+        model = llama.load_model(folder, dtype, device, attn_implementation=attend)
+    else:
+        model = llama.build_empty(folder, dtype, attn_implementation=attend)
     require_effect(job.recipe.kernels, model.config.model_type)
-    if job.source.external:
+    if job.source.external and job.processes.is_main:
         require_agreement(Scorer(model, kernel="plain"))
     if is_small:
         freeze(model, config, job.processes)

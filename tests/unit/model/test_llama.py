@@ -19,6 +19,7 @@ from sevenfold.data.tokenizer import END, reserved_ids
 from sevenfold.model import attention
 from sevenfold.model.config import InitConfig, ModelConfig, from_hf
 from sevenfold.model.llama import (
+    build_empty,
     check_start,
     initialize,
     load_model,
@@ -194,6 +195,11 @@ def test_a_saved_model_loads_without_edits_with_equal_logits(
     assert torch.equal(logits(loaded), logits(model))
     assert (loaded.dtype, loaded.config.tie_word_embeddings) == (FP32, tie_embeddings)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "model")) == 320
+    empty = build_empty(tmp_path / "model", torch.bfloat16, attn_implementation="sdpa")
+    assert type(empty) is type(loaded)
+    shapes = {name: (p.shape, torch.bfloat16) for name, p in loaded.named_parameters()}
+    assert {name: (p.shape, p.dtype) for name, p in empty.named_parameters()} == shapes
+    assert all(p.is_meta for p in empty.parameters())
 
 
 @pytest.mark.fault("J07")

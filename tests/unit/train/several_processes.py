@@ -33,9 +33,12 @@ def main(folder: Path, micro_batch: int, odd_rank: int, in_8_bits: str = "") -> 
     if (folder / "recovery.json").exists():
         os.environ.pop(faults.VARIABLE, None)  # memory that is enough now does not run out again
     config = dataclasses.replace(IN_8_BITS if in_8_bits else CONFIG, micro_batch=micro_batch)
-    model = tiny_model(hidden_size=256).to(torch.bfloat16) if in_8_bits else None
+    # As in a stage: the first has the weights in main memory, the others get their shares.
+    with torch.device("cpu" if processes.is_main else "meta"):
+        model = tiny_model(hidden_size=256).to(torch.bfloat16) if in_8_bits else tiny_model()
     made = bench(folder, config=config, dropout=0.0, model=model, resume=False)
-    made.scorer.to(processes.device)  # on a machine with GPUs, each process has one
+    if processes.world == 1:
+        made.scorer.to(processes.device)
     layers = list(made.scorer.causal_model.model.layers)
     parallel.shard(made.scorer, layers, processes, bf16=bool(in_8_bits))
     made.processes = processes

@@ -143,6 +143,45 @@ def compare(
     }
 
 
+class Tied(Toy):
+    """Reads and writes with the same matrix, and has a buffer that no state holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(16, WIDTH)
+        self.register_buffer("factors", torch.rand(WIDTH), persistent=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(self.table(ids) * self.factors)
+
+
+def fill(processes: parallel.Processes, *, in_fp8: bool) -> dict[str, Any]:
+    """Return whether weights that one process draws are all processes' after sharding."""
+    torch.manual_seed(0)
+    expected = Tied()
+    following = torch.get_rng_state()
+    torch.manual_seed(0 if processes.is_main else 9)
+    with torch.device("cpu" if processes.is_main else "meta"):
+        model = Tied()
+    if in_fp8:
+        for each in (expected, model):
+            float8.convert_with_torchao(each, emulate=True, sharded=each is model)
+    parallel.shard(model, list(model.layers), processes, bf16=False, num_copies=2)
+    ids = torch.arange(16)[None]
+    gathered = parallel.gather_model(model, processes)
+    return {
+        "losses": [float(each(ids).detach()) for each in (expected, model)],
+        "tied": model.head.weight is model.table.weight,
+        "same_random_state": processes.agree(torch.equal(torch.get_rng_state(), following)),
+        "same_weights": not processes.is_main
+        or all(torch.equal(gathered[n], value) for n, value in expected.state_dict().items()),
+    }
+
+
 EXCHANGES: list[int] = []
 
 
@@ -167,7 +206,9 @@ def run(target: Path) -> None:
         "in all": compare(processes, num_copies=1),
         "copies": compare(processes, num_copies=copies),
     }
+    found["filled"] = fill(processes, in_fp8=False)
     if "torchao" in sys.argv:
+        found["filled in fp8"] = fill(processes, in_fp8=True)
         in_8_bits: dict[str, Any] = {"num_copies": copies, "in_fp8": True, "kind": "adamw_8bit"}
         found["fp8"] = compare(processes, keep_whole=True, **in_8_bits)
         found["fp8 and bf16"] = compare(processes, bf16=True, **in_8_bits)

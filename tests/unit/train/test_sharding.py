@@ -80,3 +80,15 @@ def test_what_is_gathered_is_shared_out_again(found: dict[str, Any], way: str) -
 def test_copies_exchange_gradients_once_a_step(found: dict[str, Any], way: str) -> None:
     """Two micro-batches a step, three steps, and three parts of the model."""
     assert of(found, way)["num_exchanges"] == (0 if way == "in all" else 9)
+
+
+@pytest.mark.parametrize("way", ["filled", "filled in fp8"])
+def test_weights_of_one_process_are_shared_out_bit_for_bit(found: dict[str, Any], way: str) -> None:
+    """The others begin on the meta device, without any, and with another random state."""
+    if way not in found:
+        pytest.skip("torchao is not installed")
+    filled = found[way]
+    assert filled["same_weights"]
+    assert filled["tied"]
+    assert filled["same_random_state"]
+    assert np.allclose(*filled["losses"], rtol=1e-6)
