@@ -88,6 +88,7 @@ def conversations(asked: Asked) -> PackedConversations:
         config.longest_context,
         vocab_size=found.model.vocab_size,
         seed=found.seed,
+        packing=getattr(found, asked.what).packing,
     )
 
 
@@ -100,6 +101,7 @@ def preferences(asked: Asked) -> PackedPreferences:
         vocab_size=found.model.vocab_size,
         seed=found.seed,
         share_prompts=found.dpo.share_prompts,
+        packing=found.dpo.packing,
     )
 
 

@@ -75,12 +75,23 @@ def training(steps: int, peak_lr: float, contexts: list[tuple[int, float]]) -> d
     }
 
 
+PREFERRING = {
+    "packing": "tight",
+    "beta": 0.1,
+    "loss": "sigmoid",
+    "label_smoothing": 0.0,
+    "length_normalized": False,
+    "nll_weight": 1.0,
+    "share_prompts": True,
+}
+
+
 def recipe() -> dict[str, Any]:
     """Return the recipe as plain values; JSON is YAML too."""
     rows = {"sources": [], "max_length": 128, "validation_fraction": 0.05}
     whole = [(128, 1.0)]
     shape = {"r": 4, "alpha": 8.0, "dropout": 0.1, "targets": "all-linear"}
-    adapter = {"base": "full", "adapter": shape}
+    adapter = {"packing": "drawn", "base": "full", "adapter": shape}
     tasks = [
         {"name": "validation", "kind": "text"},
         {"name": "village_statements", "kind": "choice"},
@@ -114,17 +125,13 @@ def recipe() -> dict[str, Any]:
         "init": {"std": 0.06, "scale_residual": False, "dtype": "float32"},
         "kernels": {"liger": False, "cce": False},
         "pretrain": training(12, 5e-3, [(32, 0.4), (128, 1.0)]),
-        "sft": {"data": rows, "neftune_noise_alpha": 0.5, "train": training(10, 2e-3, whole)},
-        "dpo": {
+        "sft": {
             "data": rows,
-            "beta": 0.1,
-            "loss": "sigmoid",
-            "label_smoothing": 0.0,
-            "length_normalized": False,
-            "nll_weight": 1.0,
-            "share_prompts": True,
-            "train": training(9, 1e-3, whole),
+            "packing": "tight",
+            "neftune_noise_alpha": 0.5,
+            "train": training(10, 2e-3, whole),
         },
+        "dpo": {**PREFERRING, "data": rows, "train": training(9, 1e-3, whole)},
         "lora": {**adapter, "data": rows, "train": training(10, 4e-3, whole)},
         "evaluate": {
             "tasks": tasks,

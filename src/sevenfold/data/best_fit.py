@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sevenfold.base.errors import UsageError
+
+# How rows of conversations and of pairs are filled: by best_fit in drawn order, or by tight_fit.
+Packing = Literal["drawn", "tight"]
+
+
+def packs_of(
+    lengths: Sequence[int], capacity: int, *, packing: Packing, seed: int
+) -> list[list[int]]:
+    """Return which items share a row of ``capacity`` tokens.
+
+    Errors:
+        UsageError: an item is longer than a row.
+    """
+    fit = tight_fit if packing == "tight" else best_fit
+    return fit(lengths, capacity, seed=seed)
 
 
 def best_fit(lengths: Sequence[int], capacity: int, *, seed: int | None) -> list[list[int]]:
@@ -26,8 +42,7 @@ def best_fit(lengths: Sequence[int], capacity: int, *, seed: int | None) -> list
     room: list[tuple[int, int]] = []  # (tokens left, pack), sorted
     for item in order.tolist():
         need = lengths[item]
-        if need > capacity:
-            raise UsageError(f"item {item} has {need} tokens; a row holds {capacity}")
+        _require_fit(item, need, capacity)
         found = bisect.bisect_left(room, (need, -1))
         if found == len(room):
             packs.append([item])
@@ -39,6 +54,58 @@ def best_fit(lengths: Sequence[int], capacity: int, *, seed: int | None) -> list
         if left:
             bisect.insort(room, (left, pack))
     return packs
+
+
+def tight_fit(lengths: Sequence[int], capacity: int, *, seed: int) -> list[list[int]]:
+    """Fill row after row: with items in an order drawn from ``seed``, closed with what fits best.
+
+    As long as a row has room for one and a half usual items it takes the next that was drawn; after
+    that, and where that one does not fit, the longest of all that are left and still fit. So every
+    row begins by chance and none waits for an item that never comes.
+    """
+    order = np.random.default_rng(seed).permutation(len(lengths)).tolist()
+    waiting: list[list[int]] = [[] for _ in range(capacity + 1)]
+    for item in reversed(order):
+        _require_fit(item, lengths[item], capacity)
+        waiting[lengths[item]].append(item)
+    enough = 1.5 * sum(lengths) / max(1, len(lengths))
+    placed = [False] * len(lengths)
+    drawn = (item for item in order if not placed[item])
+    packs: list[list[int]] = []
+    following = next(drawn, None)
+    while following is not None:
+        pack, room = [following], capacity - lengths[following]
+        placed[following] = True
+        following = next(drawn, None)
+        while room:
+            if following is not None and enough < room >= lengths[following]:
+                chosen: int | None = following
+            else:
+                chosen = _longest(waiting, room, placed)
+            if chosen is None:
+                break
+            pack.append(chosen)
+            placed[chosen] = True
+            room -= lengths[chosen]
+            if chosen == following:
+                following = next(drawn, None)
+        packs.append(pack)
+    return packs
+
+
+def _longest(waiting: list[list[int]], room: int, placed: list[bool]) -> int | None:
+    """Return an item of the greatest length up to ``room`` that is in no row yet."""
+    for items in reversed(waiting[: room + 1]):
+        while items and placed[items[-1]]:
+            items.pop()
+        if items:
+            return items[-1]
+    return None
+
+
+def _require_fit(item: int, length: int, capacity: int) -> None:
+    if length > capacity:
+        raise UsageError(f"item {item} has {length} tokens; a row holds {capacity}")
 
 
 def fill_rows(

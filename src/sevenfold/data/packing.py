@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from sevenfold.base.errors import UsageError
 from sevenfold.data.batches import ANSWER, NO_TARGET, PAIR, Batch
-from sevenfold.data.best_fit import best_fit
+from sevenfold.data.best_fit import Packing, packs_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +32,23 @@ class Piece:
 
 
 class PackedConversations:
-    """SFT rows: whole documents, best-fit packed, loss where the mask says so."""
+    """SFT rows: whole documents, several to a row, loss where the mask says so."""
 
-    def __init__(self, pieces: Sequence[Piece], row_length: int, *, pad_id: int, seed: int):
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        row_length: int,
+        *,
+        pad_id: int,
+        seed: int,
+        packing: Packing = "drawn",
+    ):
         """Pack ``pieces`` into rows of ``row_length`` tokens."""
         self.pieces = pieces
         self.row_length = row_length
         self.pad_id = pad_id
-        self.packs = best_fit([len(piece.ids) for piece in pieces], row_length, seed=seed)
+        sizes = [len(piece.ids) for piece in pieces]
+        self.packs = packs_of(sizes, row_length, packing=packing, seed=seed)
 
     @property
     def num_rows(self) -> int:
@@ -144,6 +153,7 @@ class PackedPreferences:
         *,
         pad_id: int,
         seed: int,
+        packing: Packing = "drawn",
         share_prompts: bool = False,
         reference_n2: NDArray[np.float32] | None = None,
     ):
@@ -154,7 +164,7 @@ class PackedPreferences:
         self.share_prompts = share_prompts
         self.reference_n2 = reference_n2
         sizes = [sum(len(piece.ids) for piece in self._pieces(p)) for p in preferences]
-        self.packs = best_fit(sizes, row_length, seed=seed)
+        self.packs = packs_of(sizes, row_length, packing=packing, seed=seed)
         self.examples_per_row = max(map(len, self.packs), default=0)
 
     @property

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from sevenfold.data.batches import Batch, document_positions
+from sevenfold.data.best_fit import Packing
 from sevenfold.data.packing import PackedConversations, PackedPreferences, Piece, Preference
 
 # Lengths are log-normal, as in chat data: mean and spread of the logarithm in rows of 2048 tokens,
@@ -49,7 +50,7 @@ class RandomRows:
 
 
 def random_conversations(
-    num_tokens: int, row_length: int, *, vocab_size: int, seed: int
+    num_tokens: int, row_length: int, *, vocab_size: int, seed: int, packing: Packing = "drawn"
 ) -> PackedConversations:
     """Pack conversations of about ``num_tokens`` in all; the second half of each carries loss."""
     generator = np.random.default_rng(seed)
@@ -60,11 +61,17 @@ def random_conversations(
     for length in lengths.tolist():
         ids = generator.integers(0, vocab_size, length).tolist()
         pieces.append(Piece(ids, [0] * (length // 2) + [1] * (length - length // 2)))
-    return PackedConversations(pieces, row_length, pad_id=0, seed=seed)
+    return PackedConversations(pieces, row_length, pad_id=0, seed=seed, packing=packing)
 
 
 def random_preferences(
-    num_tokens: int, row_length: int, *, vocab_size: int, seed: int, share_prompts: bool
+    num_tokens: int,
+    row_length: int,
+    *,
+    vocab_size: int,
+    seed: int,
+    share_prompts: bool,
+    packing: Packing = "drawn",
 ) -> PackedPreferences:
     """Pack pairs of answers of about ``num_tokens`` in all, those that fit into a row.
 
@@ -80,7 +87,12 @@ def random_preferences(
         if 2 * three[0] + three[1] + three[2] <= row_length
     ]
     return PackedPreferences(
-        preferences, row_length, pad_id=0, seed=seed, share_prompts=share_prompts
+        preferences,
+        row_length,
+        pad_id=0,
+        seed=seed,
+        packing=packing,
+        share_prompts=share_prompts,
     )
 
 

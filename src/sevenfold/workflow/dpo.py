@@ -79,6 +79,7 @@ def preference_rows(job: training.Job) -> tuple[PackedPreferences, PackedPrefere
                 job.config.longest_context,
                 pad_id=pad_id,
                 seed=job.recipe.seed,
+                packing=job.recipe.dpo.packing,
                 share_prompts=job.recipe.dpo.share_prompts,
             )
         )
@@ -141,6 +142,7 @@ def reference_key(job: training.Job, scorer: Scorer) -> str:
     facts = {
         "inputs": job.inputs,
         "row_length": job.config.longest_context,
+        "packing": job.recipe.dpo.packing,
         "share_prompts": job.recipe.dpo.share_prompts,
         "seed": job.recipe.seed,
         "precision": job.config.precision,

@@ -36,7 +36,7 @@ def lora(run: records.Run, recipe: Recipe, options: training.StageOptions) -> No
     )
     if job is None:
         return
-    rows, held_out = conversation_rows(job, run.data("lora"))
+    rows, held_out = conversation_rows(job, run.data("lora"), recipe.lora.packing)
     scorer = workbench.load_scorer(job)
     torch.manual_seed(recipe.seed)
     scorer.model = adapters.add_adapter(scorer.model, recipe.lora.adapter)

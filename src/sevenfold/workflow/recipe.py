@@ -22,6 +22,7 @@ from sevenfold.base.config import (
 )
 from sevenfold.base.errors import SevenfoldError, UsageError, nearest
 from sevenfold.base.records import Run, open_run, write_run
+from sevenfold.data.best_fit import Packing
 from sevenfold.data.chat import ChatDataConfig, PreferenceDataConfig
 from sevenfold.data.clean import CleanConfig
 from sevenfold.data.decontamination import DecontaminationConfig
@@ -75,10 +76,14 @@ class DataConfig:
 class SFTConfig:
     """Supervised fine-tuning: its conversations and its training.
 
+    ``packing`` ``drawn`` puts each conversation, in an order drawn from the seed, into the fullest
+    row with room for it; ``tight`` closes rows with the longest of all that still fits (97 to 99 %
+    and more than 99.7 % of a row are no padding then).
     ``neftune_noise_alpha`` above 0 adds noise to the embeddings while training; 5 is usual.
     """
 
     data: ChatDataConfig
+    packing: Packing
     neftune_noise_alpha: Annotated[float, Field(ge=0)]
     train: TrainConfig
 
@@ -89,10 +94,12 @@ class DPOConfig:
 
     ``nll_weight`` keeps the chosen answers likely in themselves; ``label_smoothing`` is the share
     of pairs believed to be labelled the wrong way round; ``length_normalized`` compares answers by
-    their gain per token; ``share_prompts`` passes over the prompt of a pair once instead of twice.
+    their gain per token; ``share_prompts`` passes over the prompt of a pair once instead of twice;
+    ``packing`` as for SFT.
     """
 
     data: PreferenceDataConfig
+    packing: Packing
     beta: Annotated[float, Field(gt=0)]
     loss: Literal["sigmoid", "robust", "ipo", "hinge"]
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]
@@ -125,10 +132,11 @@ class LoRAConfig:
     """An adapter: its rows, its shape and its training.
 
     ``base`` is how the frozen weights are kept meanwhile: ``full``, or ``nf4`` in four bits, for
-    small GPUs. Merged is always into the weights as they were.
+    small GPUs. Merged is always into the weights as they were. ``packing`` is as for SFT.
     """
 
     data: ChatDataConfig
+    packing: Packing
     base: Literal["full", "nf4"]
     adapter: LoRAAdapterConfig
     train: TrainConfig

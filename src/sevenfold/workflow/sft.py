@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sevenfold.base import records
+from sevenfold.data.best_fit import Packing
 from sevenfold.data.packing import PackedConversations, Piece
 from sevenfold.model import llama
 from sevenfold.objective.next_token import NEXT_TOKEN
@@ -27,7 +28,7 @@ def sft(run: records.Run, recipe: Recipe, options: training.StageOptions) -> Non
     )
     if job is None:
         return
-    rows, held_out = conversation_rows(job, run.data("sft"))
+    rows, held_out = conversation_rows(job, run.data("sft"), recipe.sft.packing)
     scorer = workbench.load_scorer(job)
     scorer.neftune_noise_alpha = recipe.sft.neftune_noise_alpha
     workbench.place(scorer, job.config, job.processes)
@@ -39,7 +40,7 @@ def sft(run: records.Run, recipe: Recipe, options: training.StageOptions) -> Non
 
 
 def conversation_rows(
-    job: training.Job, folder: Path
+    job: training.Job, folder: Path, packing: Packing
 ) -> tuple[PackedConversations, PackedConversations]:
     """Pack the prepared conversations, for training and held out."""
     from datasets import load_from_disk
@@ -52,7 +53,11 @@ def conversation_rows(
         pieces = [Piece(ids, mask) for ids, mask in columns]
         packed.append(
             PackedConversations(
-                pieces, job.config.longest_context, pad_id=pad_id, seed=job.recipe.seed
+                pieces,
+                job.config.longest_context,
+                pad_id=pad_id,
+                seed=job.recipe.seed,
+                packing=packing,
             )
         )
     return packed[0], packed[1]

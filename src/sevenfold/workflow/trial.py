@@ -163,8 +163,12 @@ def random_rows(trial: Trial, length: int, num_steps: int) -> Rows:
             vocab_size=vocab_size,
             seed=recipe.seed,
             share_prompts=recipe.dpo.share_prompts,
+            packing=recipe.dpo.packing,
         )
-    return random_conversations(num_tokens, longest, vocab_size=vocab_size, seed=recipe.seed)
+    section = recipe.lora if trial.stage == "lora" else recipe.sft
+    return random_conversations(
+        num_tokens, longest, vocab_size=vocab_size, seed=recipe.seed, packing=section.packing
+    )
 
 
 def make_bench(

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sevenfold.base.errors import UsageError
 from sevenfold.data.batches import NO_TARGET, Batches, PackedText
-from sevenfold.data.best_fit import best_fit
+from sevenfold.data.best_fit import Packing, best_fit, packs_of, tight_fit
 from sevenfold.data.packing import (
     PackedConversations,
     PackedPreferences,
@@ -167,6 +169,40 @@ def test_best_fit_places_every_item_once_and_tightly() -> None:
 def test_an_item_longer_than_a_row_is_refused() -> None:
     with pytest.raises(UsageError, match="item 0 has 9 tokens; a row holds 8"):
         best_fit([9], 8, seed=0)
+    with pytest.raises(UsageError, match="item 1 has 9 tokens; a row holds 8"):
+        tight_fit([1, 9], 8, seed=0)
+
+
+@given(
+    st.lists(st.integers(1, 40), max_size=60),
+    st.integers(0, 9),
+    st.sampled_from(["drawn", "tight"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_item_is_in_one_row_and_none_is_too_full(
+    lengths: list[int], seed: int, packing: Packing
+) -> None:
+    packs = packs_of(lengths, 40, packing=packing, seed=seed)
+    assert sorted(item for pack in packs for item in pack) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[item] for item in pack) <= 40 for pack in packs)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_tight_rows_are_full_and_still_mixed(seed: int) -> None:
+    """Lengths as in instruction data; longest first would put alike beside alike."""
+    drawn = np.random.default_rng(seed).lognormal(5.0, 0.7, 8000)
+    lengths = np.clip(drawn, 2, 2048).astype(int).tolist()
+    packs = tight_fit(lengths, 2048, seed=seed)
+    assert sum(lengths) / (2048 * len(packs)) > 0.997
+    assert packs == tight_fit(lengths, 2048, seed=seed)
+    assert packs != tight_fit(lengths, 2048, seed=seed + 1)
+    # The mean length in a row varies little more than where items are put together by chance.
+    means = [np.mean([lengths[item] for item in pack]) for pack in packs]
+    by_chance = best_fit(lengths, 2048, seed=seed)
+    usual = [np.mean([lengths[item] for item in pack]) for pack in by_chance]
+    alike = best_fit(lengths, 2048, seed=None)
+    apart = [np.mean([lengths[item] for item in pack]) for pack in alike]
+    assert np.std(means) < 1.2 * np.std(usual) < 0.7 * np.std(apart)
 
 
 @pytest.mark.fault("H09")

@@ -117,6 +117,7 @@ CHANGES: dict[str, Any] = {
     "precision": lambda job: change_config(job, precision="bf16"),
     "compile": lambda job: change_config(job, compile="default"),
     "deterministic": lambda job: change_config(job, deterministic=not job.config.deterministic),
+    "packing": lambda job: change_dpo(job, packing="tight"),
     "share_prompts": lambda job: change_dpo(job, share_prompts=not job.recipe.dpo.share_prompts),
 }
 
