@@ -1,19 +1,23 @@
-"""What the recipe says about SFT reaches the model that is trained."""
+"""What the recipe says about SFT and its like reaches rows and model."""
 
 from __future__ import annotations
 
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import datasets
 import pytest
 import torch
 
 from sevenfold.base.errors import UsageError
+from sevenfold.data.best_fit import best_fit
 from sevenfold.objective.next_token import Scorer
+from sevenfold.workflow import dpo, lora, sft, trial
 from sevenfold.workflow import recipe as recipes
-from sevenfold.workflow import sft
 from sevenfold.workflow.training import StageOptions
+
+PIECE = ["input_ids", "loss_mask"]
 
 
 class ReadyError(Exception):
@@ -43,6 +47,54 @@ def test_the_noise_reaches_the_scorer(
     with pytest.raises(ReadyError):
         sft.sft(run, recipe, StageOptions())
     assert scorer.neftune_noise_alpha == alpha
+
+
+@pytest.mark.parametrize("stage", ["sft", "lora", "dpo"])
+@pytest.mark.parametrize("packing", ["drawn", "tight"])
+def test_rows_are_packed_as_the_stages_recipe_says(
+    stage: str, packing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of other stages are not; what is rehearsed and benchmarked is packed so, too."""
+    others = {"sft", "lora", "dpo"} - {stage}
+    other = "drawn" if packing == "tight" else "tight"
+    overrides = [f"{stage}.packing={packing}", *(f"{name}.packing={other}" for name in others)]
+    run, recipe = recipes.resolve(overrides=overrides, run_folder=tmp_path)
+    config = getattr(recipe, stage).train
+    asked: list[str] = []
+
+    def noting(lengths: Any, capacity: int, *, packing: str, seed: int) -> Any:
+        asked.append(packing)
+        return best_fit(lengths, capacity, seed=seed)
+
+    monkeypatch.setattr("sevenfold.data.packing.packs_of", noting)
+    monkeypatch.setattr(
+        sft.llama, "load_tokenizer", lambda _: types.SimpleNamespace(pad_token_id=0)
+    )
+    names = ["prompt_ids", "chosen_ids", "rejected_ids"] if stage == "dpo" else PIECE
+    table = datasets.Dataset.from_list([{name: [1, 1] for name in names}])
+    for part in ("rows", "validation"):
+        table.save_to_disk(str(run.data(stage) / part))
+    job = types.SimpleNamespace(
+        run=run, recipe=recipe, config=config, source=types.SimpleNamespace(folder=tmp_path)
+    )
+    if stage == "dpo":
+        dpo.preference_rows(cast(Any, job))
+    else:
+        monkeypatch.setattr(sft.training, "open_source", lambda *_: job.source)
+        monkeypatch.setattr(sft.training, "open_rows", lambda *_: "")
+        monkeypatch.setattr(sft.training, "open_job", lambda *_, **__: job)
+        monkeypatch.setattr(sft.workbench, "load_scorer", ready)
+        with pytest.raises(ReadyError):
+            {"sft": sft.sft, "lora": lora.lora}[stage](run, recipe, StageOptions())
+    trial.random_rows(
+        cast(Any, types.SimpleNamespace(recipe=recipe, stage=stage, config=config)), 0, 1
+    )
+    assert asked == [packing] * 3
+
+
+def ready(*_: Any) -> None:
+    """Stop here."""
+    raise ReadyError
 
 
 def test_noise_below_zero_is_refused() -> None:
