@@ -59,10 +59,11 @@ def add_adapter(model: PreTrainedModel, config: LoRAAdapterConfig) -> PeftModel:
         # PEFT 0.21 asks transformers 5.23 for a property that was renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
         adapted = get_peft_model(model, settings)
+    variant = _InTypeOfInput()  # one for all, so that layers look the same to a compiler
     for module in adapted.modules():
         if isinstance(module, LoraLayer) and not config.use_dora:
             module.cast_input_dtype_enabled = False
-            module.lora_variant[ADAPTER] = _InTypeOfInput()
+            module.lora_variant[ADAPTER] = variant
     return adapted
 
 
