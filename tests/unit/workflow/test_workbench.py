@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,18 @@ class Gated(torch.nn.Module):
         return found
 
 
-def test_cheap_recomputation_keeps_products_only(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def memory_budget() -> Iterator[None]:
+    """Afterwards what it was; pytest's monkeypatch deletes such settings of PyTorch."""
+    with functorch.patch(activation_memory_budget=1.0):
+        yield
+
+
+@pytest.mark.usefixtures("memory_budget")
+def test_cheap_recomputation_keeps_products_only() -> None:
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
 
-    monkeypatch.setattr(functorch, "activation_memory_budget", 1.0)
     _, recipe = recipes.resolve(overrides=["pretrain.compile=default"])
     values = torch.randn(40, 16)
     kept, gradients = {}, {}
