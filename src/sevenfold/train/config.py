@@ -80,25 +80,26 @@ class TrainConfig:
     longest context in one forward. ``precision`` is what matrix products compute in
     (``fp8_torchao``: FP8 by torchao's recipe, not ours), ``weights`` what parameters are kept in.
     ``recompute`` computes activations again in the backward pass: all of a layer's, or those that
-    are ``cheap``, norms and products of elements. ``mask_documents`` keeps packed documents from
-    seeing each other (always so in SFT and DPO). ``keep_best`` keeps the checkpoint with the
-    lowest held-out loss beside the newest. A step beyond ``spike_sigma`` standard deviations
-    (None: never) or not finite is skipped; after more than ``max_skipped_steps`` in a row
-    training goes back to the last checkpoint and passes over the data since, ``max_rollbacks``
-    times.
+    are ``cheap``, norms and products of elements. ``auto`` chooses for either what is fastest of
+    what the planner expects to fit the GPU, once; a run that goes on keeps it. ``mask_documents``
+    keeps packed documents from seeing each other (always so in SFT and DPO). ``keep_best`` keeps
+    the checkpoint with the lowest held-out loss beside the newest. A step beyond ``spike_sigma``
+    standard deviations (None: never) or not finite is skipped; after more than
+    ``max_skipped_steps`` in a row training goes back to the last checkpoint and passes over the
+    data since, ``max_rollbacks`` times.
     """
 
     duration: Duration
     tokens_per_batch: Count
     contexts: tuple[ContextPhase, ...]
-    micro_batch: Count
+    micro_batch: Count | Literal["auto"]
     mask_documents: bool
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     precision: Literal["auto", "fp32", "bf16", "fp8", "fp8_torchao"]
     weights: Literal["fp32", "bf16"]
     compile: Literal["auto", "none", "default", "max-autotune"]
-    recompute: bool | Literal["cheap"]
+    recompute: bool | Literal["cheap", "auto"]
     deterministic: bool
     validate_every: Count
     validation_batches: Count
@@ -124,6 +125,12 @@ class TrainConfig:
             )
         if self.optimizer.kind == "adamw_8bit" and self.weights == "fp32":
             raise ValueError("optimizer kind adamw_8bit goes with weights: bf16")
+
+    @property
+    def rows_at_once(self) -> int:
+        """``micro_batch``, once it is a number."""
+        assert isinstance(self.micro_batch, int), "micro_batch: auto was not decided"
+        return self.micro_batch
 
     @property
     def longest_context(self) -> int:

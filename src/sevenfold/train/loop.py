@@ -184,7 +184,7 @@ def _fitting(bench: Workbench, step: int, length: int, compute: Callable[[], T])
     """
     random = checkpoint.random_state()
     while True:
-        bench.memory.micro_batch = bench.decisions.micro_batch(step, bench.config.micro_batch)
+        bench.memory.micro_batch = bench.decisions.micro_batch(step, bench.config.rows_at_once)
         with contextlib.suppress(torch.OutOfMemoryError):
             return compute()
         bench.memory.halve({"step": step + 1, "seq_len": length})

@@ -1,69 +1,44 @@
 """What a stage will need before it starts: memory by part, tokens, time and cost.
 
-Memory is counted for layers compiled one by one, from what their backward keeps. Against the peaks
-measured on one H100 with the 7B at 2048 tokens, 8-bit AdamW and CCE:
+Memory is counted (`train/memory.py`), against peaks measured on one H100 with 8-bit AdamW and
+CCE for the 7B at 2048 tokens, and fp32 weights under autocast for the model of 125 M parameters:
 
-    ===================================  ========  =========  ======
-    case                                 measured  predicted  error
-    ===================================  ========  =========  ======
-    bf16, micro-batch 2, 1 a step        45.6 GiB  45.7 GiB   +0.3 %
-    bf16, micro-batch 2, 8 a step        59.1 GiB  59.1 GiB   +0.0 %
-    bf16, micro-batch 4, 4 a step        76.4 GiB  76.5 GiB   +0.1 %
-    fp8_torchao, micro-batch 2, 1        43 GiB    43.3 GiB   +0.7 %
-    fp8_torchao, micro-batch 2, 8        54 GiB    54.6 GiB   +1.1 %
-    fp8_torchao, micro-batch 4, 4        66 GiB    67.5 GiB   +2.2 %
-    ===================================  ========  =========  ======
+    ========================================  =========  =========  ======
+    case                                      measured   predicted  error
+    ========================================  =========  =========  ======
+    7B, bf16, micro-batch 2, 1 a step         45.6 GiB   45.8 GiB   +0.4 %
+    bf16, micro-batch 2, 8 a step             59.1 GiB   59.2 GiB   +0.0 %
+    bf16, micro-batch 4, 4 a step             76.4 GiB   76.5 GiB   +0.2 %
+    bf16, micro-batch 4, on each of two GPUs  57.2 GiB   58.2 GiB   +1.7 %
+    fp8 (ours), micro-batch 4, 16 a step      72.0 GiB   73.0 GiB   +1.4 %
+    fp8_torchao, micro-batch 2, 1 a step      43 GiB     43.1 GiB   +0.2 %
+    fp8_torchao, micro-batch 2, 8 a step      54 GiB     54.7 GiB   +1.2 %
+    fp8_torchao, micro-batch 4, 4 a step      66 GiB     67.5 GiB   +2.3 %
+    125 M, pretraining, micro-batch 16        12.16 GiB  12.26 GiB  +0.8 %
+    125 M, SFT and DPO, micro-batch 8         7.12 GiB   7.24 GiB   +1.6 %
+    125 M, LoRA of rank 16, micro-batch 8     6.31 GiB   6.49 GiB   +2.9 %
+    ========================================  =========  =========  ======
 
-One constant (``OVERHEAD_GIB``) was fitted to these six; the rest is counted. Measured since: our
-fp8 with micro-batch 4, 72.0 GiB (73.0 predicted); bf16 with micro-batch 4 on each of two GPUs, 57.2
-(58.1); 125 M fp32 weights under autocast, 12.2 GiB, where 15.3 were predicted. Recomputation, LoRA,
-four-bit bases and uncompiled layers follow from the same counting and may be further off.
+The last three were measured when the loss kept the logits of 2,048 positions and their gradients
+instead of all logits, and are predicted with those. Nothing is fitted to these figures.
+Four-bit bases and uncompiled layers follow from the same counting and may be further off.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-from typing import Literal
 
 from sevenfold.base.errors import UsageError
 from sevenfold.base.hardware import GPUInfo
 from sevenfold.model.config import ModelConfig
 from sevenfold.train.config import TrainConfig
+from sevenfold.train.memory import GIB, Adapter, Demand, LossKernel, MemoryPlan, Precision
 
-GIB = 2**30
-BYTES = {"fp32": 4, "bf16": 2, "fp8": 2, "fp8_torchao": 2}
-# Two moments of fp32; two of 8 bits with an fp32 scale for every 256 values.
-OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256}
-# NF4: half a byte, a scale of one byte for 64 weights and one of four bytes for 256 of those.
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-# The 8-bit optimizer's step works in fp32, tensor by tensor: two copies of the largest.
-OPTIMIZER_STEP_BYTES = {"adamw": 0.0, "adamw_8bit": 8.0}
-# Workspaces of the matrix libraries and rounding of the allocator, from the measured peaks.
-OVERHEAD_GIB = 0.25
 # Measured on two CPU cores: 5.4 M parameters, 3,000 tokens/s, eager fp32.
 CPU_FLOPS = 0.1e12
 LONGEST_CPU_RUN_S = 30 * 86_400
 USABLE_FRACTION = 0.97
-
-LossKernel = Literal["plain", "chunked", "cce"]
-Precision = Literal["fp32", "bf16", "fp8", "fp8_torchao"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MemoryPlan:
-    """Memory of one GPU at one context length, by part, in GiB."""
-
-    seq_len: int
-    weights_gib: float
-    gradients_gib: float
-    optimizer_gib: float
-    gathered_gib: float
-    activations_gib: float
-    loss_gib: float
-    overhead_gib: float
-    peak_gib: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +89,9 @@ def plan(
     loss_kernel: LossKernel = "chunked",
     compiled: bool = True,
     num_trainable_parameters: int | None = None,
+    adapter: Adapter | None = None,
     four_bits: bool = False,
+    scored_share: float = 1.0,
     rate: Rate | None = None,
     price_per_gpu_hour: float | None = None,
 ) -> Plan:
@@ -128,32 +105,47 @@ def plan(
         world_size: GPUs that the weights are sharded over.
         loss_kernel: how the head's loss is computed, as in objective.linear_cross_entropy.
         compiled: whether layers are compiled; uncompiled ones keep more.
-        num_trainable_parameters: None for all; with LoRA the adapter's alone.
+        num_trainable_parameters: None for all; else an adapter's of all linear modules.
+        adapter: the adapter, where more is known of it.
         four_bits: the layers' frozen matrices are kept in NF4.
+        scored_share: the share of positions that carry loss.
         rate: how fast a GPU is; without it there is no time and no cost.
         price_per_gpu_hour: in any currency.
     """
-    settings = _Settings(
+    demand = Demand(
         model=model,
         train=train,
         precision=precision,
         world_size=world_size,
         loss_kernel=loss_kernel,
         compiled=compiled,
-        num_trainable=num_trainable_parameters,
+        adapter=adapter or _whole_adapter(num_trainable_parameters),
         four_bits=four_bits,
+        scored_share=scored_share,
     )
-    memory = tuple(map(settings.memory, sorted({phase.length for phase in train.contexts})))
+    return plan_of(demand, num_steps=num_steps, rate=rate, price_per_gpu_hour=price_per_gpu_hour)
+
+
+def plan_of(
+    demand: Demand,
+    *,
+    num_steps: int,
+    rate: Rate | None = None,
+    price_per_gpu_hour: float | None = None,
+) -> Plan:
+    """Plan a stage of ``num_steps`` optimizer steps; the rest as for :func:`plan`."""
+    model, train, world_size = demand.model, demand.train, demand.world_size
+    memory = tuple(map(demand.memory, sorted({phase.length for phase in train.contexts})))
     tokens = num_steps * train.tokens_per_batch
     flops = _total_flops(model, train, tokens)
     tokens_per_s, source = _tokens_per_s(rate, flops / tokens)
     elapsed_s = tokens / tokens_per_s / world_size if tokens_per_s else None
-    gpu_hours = elapsed_s * world_size / 3600 if elapsed_s is not None else None
+    gpu_hours = elapsed_s and elapsed_s * world_size / 3600
     return Plan(
         num_parameters=model.num_parameters,
         memory=memory,
         peak_gib=max(part.peak_gib for part in memory),
-        micro_batches_per_step=settings.micro_batches_per_step,
+        micro_batches_per_step=demand.micro_batches_per_step,
         num_steps=num_steps,
         tokens=tokens,
         flops=flops,
@@ -164,6 +156,10 @@ def plan(
         gpu_hours=gpu_hours,
         cost=gpu_hours and price_per_gpu_hour and gpu_hours * price_per_gpu_hour,
     )
+
+
+def _whole_adapter(num_parameters: int | None) -> Adapter | None:
+    return None if num_parameters is None else Adapter(num_parameters=num_parameters)
 
 
 def _total_flops(model: ModelConfig, train: TrainConfig, tokens: int) -> float:
@@ -183,144 +179,6 @@ def _tokens_per_s(rate: Rate | None, flops_per_token: float) -> tuple[float | No
     assert rate.peak_flops is not None
     share = f"assumed: {rate.assumed_mfu:.0%} of {rate.peak_flops / 1e12:.0f} TFLOP/s"
     return rate.assumed_mfu * rate.peak_flops / flops_per_token, share
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Settings:
-    """The inputs of the memory formulas."""
-
-    model: ModelConfig
-    train: TrainConfig
-    precision: str
-    world_size: int
-    loss_kernel: LossKernel
-    compiled: bool
-    num_trainable: int | None
-    four_bits: bool
-
-    @property
-    def micro_batches_per_step(self) -> int:
-        """Forward passes of one process per optimizer step."""
-        per_forward = self.train.micro_batch * self.train.longest_context * self.world_size
-        return max(1, math.ceil(self.train.tokens_per_batch / per_forward))
-
-    @property
-    def compute_bytes(self) -> int:
-        """Bytes of one activation."""
-        return BYTES[self.precision]
-
-    def memory(self, seq_len: int) -> MemoryPlan:
-        """Return the parts and the peak at ``seq_len``."""
-        model, weight_bytes = self.model, BYTES[self.train.weights]
-        trainable = self.num_trainable
-        trained = model.num_parameters if trainable is None else trainable
-        # An adapter is kept in fp32 beside the frozen weights.
-        adapter_bytes = 4 * trainable if trainable is not None else 0
-        gradient_bytes = weight_bytes if trainable is None else 4
-        # Rows of a shorter context are so many more that a forward holds as many tokens.
-        tokens = max(1, self.train.micro_batch * self.train.longest_context // seq_len) * seq_len
-        in_layers = model.num_layers * model.num_layer_matmul_parameters
-        saved = in_layers * (weight_bytes - NF4_BYTES) if self.four_bits else 0.0
-        weights = (model.num_parameters * weight_bytes - saved + adapter_bytes) / self.world_size
-        gradients = trained * gradient_bytes / self.world_size
-        states = trained * OPTIMIZER_BYTES[self.train.optimizer.kind] / self.world_size
-        gathered = self._gathered_bytes()
-        activations = tokens * self._activation_bytes_per_token()
-        loss = self._loss_bytes(tokens)
-        overhead = OVERHEAD_GIB * GIB
-        static = weights + states + overhead
-        embedding = model.vocab_size * model.hidden_size
-        # With one micro-batch a step the backward starts without gradients but the head's.
-        kept = (
-            gradients
-            if self.micro_batches_per_step > 1
-            else min(gradients, embedding * gradient_bytes / self.world_size)
-        )
-        backward = static + kept + gathered + activations + max(loss, tokens * self._transient())
-        temporary = OPTIMIZER_STEP_BYTES[self.train.optimizer.kind] * min(embedding, trained)
-        step = static + gradients + temporary / self.world_size
-        return MemoryPlan(
-            seq_len=seq_len,
-            weights_gib=weights / GIB,
-            gradients_gib=gradients / GIB,
-            optimizer_gib=states / GIB,
-            gathered_gib=gathered / GIB,
-            activations_gib=(activations + tokens * self._transient()) / GIB,
-            loss_gib=loss / GIB,
-            overhead_gib=OVERHEAD_GIB,
-            peak_gib=max(backward, step) / GIB,
-        )
-
-    def _gathered_bytes(self) -> float:
-        """Bytes of weights that exist a second time while computing."""
-        model, compute = self.model, self.compute_bytes
-        if self.precision == "fp8":
-            # Every layer's weights are kept in 8 bits; the head's are cast where they are fp32.
-            head = model.vocab_size * model.hidden_size if self.train.weights == "fp32" else 0
-            return float(model.num_layers * model.num_layer_matmul_parameters + 2 * head)
-        if self.four_bits:
-            # One matrix at a time is made anew from its four bits.
-            return float(model.hidden_size * model.intermediate_size * compute)
-        if self.world_size == 1:
-            # Autocast keeps a bf16 copy of every fp32 weight from forward to backward.
-            casts = self.train.weights == "fp32" and self.precision != "fp32"
-            return float(model.num_matmul_parameters * 2) if casts else 0.0
-        # FSDP2: the root's weights stay whole, two layers are whole at a time, and one layer's
-        # gradient is whole in fp32 while it is being summed.
-        root = model.num_parameters - model.num_layers * model.num_layer_matmul_parameters
-        return float(root * compute + model.num_layer_matmul_parameters * (2 * compute + 4))
-
-    def _activation_bytes_per_token(self) -> float:
-        """Bytes that one token leaves for the backward pass, in all layers."""
-        model, layer = self.model, self._layer_bytes_per_token()
-        if self.train.recompute is True:
-            # Every layer keeps its input; one layer at a time is computed again.
-            return model.num_layers * model.hidden_size * self.compute_bytes + layer
-        return model.num_layers * layer
-
-    def _layer_bytes_per_token(self) -> float:
-        """Bytes that one token leaves in one layer.
-
-        Residual stream twice (before attention and before the MLP), both normed inputs, queries,
-        keys, values, attention's output, gate, up and their product. In FP8 the normed inputs are
-        kept in 8 bits (ours: one input of four, the others are cast again) and the product is
-        computed again. Cheap recomputation keeps neither normed inputs nor the product.
-        """
-        model, compute = self.model, self.compute_bytes
-        h, f = model.hidden_size, model.intermediate_size
-        q, k = model.num_heads * model.head_width, model.num_kv_heads * model.head_width
-        attention = compute * (2 * q + 2 * k) + 4 * model.num_heads
-        if self.precision.startswith("fp8"):
-            inputs = h if self.precision == "fp8" else 2 * h
-            kept = compute * 2 * h + inputs + compute * 2 * f
-        elif self.train.recompute == "cheap":
-            kept = compute * (2 * h + 2 * f)
-        else:
-            kept = compute * (4 * h + 3 * f)
-        if self.train.weights == "fp32" and self.precision != "fp32" and self.world_size == 1:
-            # Under autocast the residual stream and the norms stay in fp32.
-            kept += 2 * 2 * h + 2 * 4 * h
-        if not self.compiled:
-            # Eager norms keep their fp32 input and their normalised values, eager SwiGLU its silu.
-            kept += (12 * h if compute == 2 else 8 * h) + compute * f
-        return float(kept + attention)
-
-    def _transient(self) -> float:
-        """Bytes per token of the gradients inside one layer: of gate, up and their product."""
-        return float(3 * self.model.intermediate_size * self.compute_bytes)
-
-    def _loss_bytes(self, tokens: int) -> float:
-        """Bytes at the head: final hidden state, its norm and gradient, and the logits held."""
-        hidden = tokens * self.model.hidden_size * 4 * self.compute_bytes
-        if self.loss_kernel == "cce":
-            return float(hidden)
-        logits = tokens * self.model.vocab_size
-        if self.loss_kernel == "plain":
-            # Logits, their fp32 copy, log-probabilities.
-            return float(hidden + logits * (self.compute_bytes + 8))
-        # Logits, which become their gradients, and the gradient of the head's weight.
-        head = self.model.vocab_size * self.model.hidden_size
-        return float(hidden + (logits + head) * self.compute_bytes)
 
 
 def require_room(plan: Plan, gpu: GPUInfo, *, memory_gib: float | None = None) -> None:

@@ -118,7 +118,7 @@ def _scores(job: training.Job, scorer: Scorer, rows: PackedPreferences) -> NDArr
             does not fit.
     """
     recovery = job.options.oom_recovery and job.processes.world == 1
-    memory = OOMHandler(job.config.micro_batch, enabled=recovery)
+    memory = OOMHandler(job.config.rows_at_once, enabled=recovery)
     while True:
         with contextlib.suppress(torch.OutOfMemoryError):
             return reference_scores(

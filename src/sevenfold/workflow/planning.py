@@ -12,6 +12,7 @@ from sevenfold.base.records import GATED_STAGES, Run
 from sevenfold.model.config import ModelConfig, describe_folder
 from sevenfold.train import launch, planner
 from sevenfold.train.config import TrainConfig
+from sevenfold.train.memory import Precision
 from sevenfold.workflow.recipe import Recipe
 from sevenfold.workflow.remaining import num_steps, train_config
 from sevenfold.workflow.training import decide
@@ -68,7 +69,7 @@ def plan_stage(
     return StagePlan(stage=stage, plan=plan, has_length=steps is not None)
 
 
-def _precision(config: TrainConfig, gpu: GPUInfo) -> planner.Precision:
+def _precision(config: TrainConfig, gpu: GPUInfo) -> Precision:
     precision = config.precision
     if precision == "auto":
         # Without a GPU the plan is about the GPU that the recipe is meant for.

@@ -208,7 +208,7 @@ def make_bench(
         processes=processes,
         checkpoints=checkpoints or _NotKept(Path(os.devnull), keep=1),
         metrics=_NotWritten(Path(os.devnull)),
-        memory=OOMHandler(config.micro_batch, enabled=False),
+        memory=OOMHandler(config.rows_at_once, enabled=False),
         progress=workbench.Unseen(),
         identity={"inputs": {}, "config": to_plain(config)},
         flops_per_token=recipe.model.flops_per_token,

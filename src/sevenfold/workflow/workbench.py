@@ -236,7 +236,7 @@ def assemble(
             job.folder / "checkpoints", keep=config.keep_checkpoints, keep_best=config.keep_best
         ),
         metrics=storage.JsonLines(job.folder / "metrics.jsonl"),
-        memory=OOMHandler(config.micro_batch, enabled=job.options.oom_recovery),
+        memory=OOMHandler(config.rows_at_once, enabled=job.options.oom_recovery),
         progress=Unseen(),
         identity={"inputs": job.inputs, "config": {**job.settings, "num_steps": num_steps}},
         flops_per_token=from_hf(scorer.causal_model.config).flops_per_token,

@@ -74,7 +74,7 @@ def train(
             (loss * processes.world / 1000).backward()
             total += float(loss.detach())
         norm, _ = optimizers.gradient_norm(parameters)
-        optimizers.clip_gradients(parameters, 1.0, norm)
+        optimizers.clip_gradients(optimizer, 1.0, norm)
         optimizers.update(optimizer, model)
         optimizer.zero_grad(set_to_none=True)
         losses += processes.sum([total])
