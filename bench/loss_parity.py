@@ -130,7 +130,7 @@ def train_variant(options: argparse.Namespace, model_name: str, variant: str) ->
     recipe = recipes.resolve(model_name, None, changes, Path("runs/loss-parity-unused"))[1]
     config, again = recipe.pretrain, variant == "bf16_again"
     if again:
-        config = dataclasses.replace(config, micro_batch=max(1, config.micro_batch // 2))
+        config = dataclasses.replace(config, micro_batch=max(1, config.rows_at_once // 2))
     emulated = options.rehearse and config.precision == "fp8" and not torch.cuda.is_available()
     if emulated:
         config = dataclasses.replace(config, precision="bf16")

@@ -27,7 +27,7 @@ import torch
 from sevenfold.data.packing import PackedConversations, PackedPreferences
 from sevenfold.data.random_rows import random_conversations, random_preferences
 from sevenfold.train.config import TrainConfig
-from sevenfold.workflow import recipe, remaining, trial
+from sevenfold.workflow import choosing, recipe, remaining, trial
 
 WARM_UP = 2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -45,7 +45,7 @@ class Asked:
     @property
     def micro_batch(self) -> int:
         """Rows or pairs of the peer's forward pass."""
-        return int(self.options.micro_batch or self.config.micro_batch)
+        return int(self.options.micro_batch or self.config.rows_at_once)
 
     @property
     def rows_a_step(self) -> float:
@@ -77,6 +77,10 @@ def ask(description: str, stages: tuple[str, ...]) -> Asked:
     options = parser.parse_args()
     found = recipe.resolve(options.preset, options.config, options.set, Path(".peer"))[1]
     config = remaining.train_config(found, options.what)
+    if choosing.is_open(config):  # as ours would choose for products in bf16
+        in_bf16 = dataclasses.replace(config, precision="bf16")
+        rows = choosing.for_trial(found, options.what, in_bf16).rows_at_once
+        config = dataclasses.replace(config, micro_batch=rows)
     return Asked(options.what, found, config, options)
 
 

@@ -32,7 +32,7 @@ OVERHEAD_GIB = 1 / 32
 # Positions whose logits' gradients are multiplied at a time; logits are kept for all of them.
 CHUNK_POSITIONS = 8192
 
-LossKernel = Literal["plain", "whole", "chunked", "cce"]
+LossKernel = Literal["plain", "chunked", "cce"]
 Precision = Literal["fp32", "bf16", "fp8", "fp8_torchao"]
 
 # Which modules of a layer read its normed inputs, attention's output, and the MLP's product.

@@ -39,6 +39,10 @@ from sevenfold.train.memory import GIB, Adapter, Demand, LossKernel, MemoryPlan,
 CPU_FLOPS = 0.1e12
 LONGEST_CPU_RUN_S = 30 * 86_400
 USABLE_FRACTION = 0.97
+# Where no rate has been measured, this share of an H100's dense BF16 peak is assumed; the table
+# says so. Half of it is what a careful BF16 run reaches with optimizer and accumulation included.
+ASSUMED_MFU = 0.5
+ASSUMED_PEAK_FLOPS = 989e12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ from sevenfold.workflow import (
     bench_data,
     bench_dedup,
     bench_mmlu,
+    choosing,
     steps,
     training,
     trial,
@@ -86,7 +87,7 @@ def bench(options: argparse.Namespace) -> None:
     # A folder that holds no run: what is measured is the preset, not what was made of it once.
     run, recipe = recipes.resolve(options.preset, options.config, options.set, folder)
     stage = options.what if options.what in TRAINING else "pretrain"
-    config = training.decide(train_config(recipe, stage))
+    config = choosing.for_trial(recipe, stage, training.decide(train_config(recipe, stage)))
     if options.what == "optimizer":
         config = dataclasses.replace(config, compile="none")
     asked = Bench(

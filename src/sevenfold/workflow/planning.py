@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sevenfold.base import console
 from sevenfold.base.hardware import GPUInfo, detect_gpu_type
@@ -13,23 +14,24 @@ from sevenfold.model.config import ModelConfig, describe_folder
 from sevenfold.train import launch, planner
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.memory import Precision
+from sevenfold.workflow import choosing, row_counts
 from sevenfold.workflow.recipe import Recipe
 from sevenfold.workflow.remaining import num_steps, train_config
 from sevenfold.workflow.training import decide
 
-# Where no rate has been measured, this share of an H100's dense BF16 peak is assumed; the table
-# says so. Half of it is what a careful BF16 run reaches with optimizer and accumulation included.
-ASSUMED_MFU = 0.5
-ASSUMED_PEAK_FLOPS = 989e12
 UNKNOWN_LENGTH = ("tokens", "compute", "time", "cost")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """The plan of one stage; ``has_length`` is False while data that decides it is missing."""
+    """The plan of one stage; ``has_length`` is False while data that decides it is missing.
+
+    ``config`` are its settings with what is ``auto`` in them chosen.
+    """
 
     stage: str
     plan: planner.Plan
+    config: TrainConfig
     has_length: bool
 
 
@@ -47,26 +49,30 @@ def plan_stage(
     model = model or recipe.model
     gpu = detect_gpu_type()
     config = train_config(recipe, stage)
-    steps = num_steps(run, config, stage)
     on_gpu = gpu["num_gpus"] > 0
-    adapter = recipe.lora.adapter.num_parameters(model)
-    if rate is None and (on_gpu or model.num_parameters > 1e8):
-        peak = gpu["peak_bf16_tflops"] * 1e12 or ASSUMED_PEAK_FLOPS
-        rate = planner.Rate(assumed_mfu=ASSUMED_MFU, peak_flops=peak)
-    plan = planner.plan(
-        model,
+    counted = None if stage == "pretrain" else row_counts.count_rows(run, recipe, stage)
+    demand = choosing.demand_of(
+        recipe,
+        stage,
         config,
-        num_steps=steps or 1,
         precision=_precision(config, gpu),
         world_size=max(1, gpu["num_gpus"]),
-        loss_kernel="cce" if recipe.kernels.cce else "chunked" if on_gpu else "plain",
-        compiled=config.compile != "none",
-        num_trainable_parameters=adapter if stage == "lora" else None,
-        four_bits=stage == "lora" and recipe.lora.base == "nf4",
+        on_gpu=on_gpu,
+        model=model,
+        scored_share=counted.scored_share if counted and on_gpu else 1.0,
+    )
+    settled, _ = choosing.settle(run.stage(stage), demand, gpu)
+    if rate is None and (on_gpu or model.num_parameters > 1e8):
+        peak = gpu["peak_bf16_tflops"] * 1e12 or planner.ASSUMED_PEAK_FLOPS
+        rate = planner.Rate(assumed_mfu=planner.ASSUMED_MFU, peak_flops=peak)
+    steps = num_steps(run, recipe, stage)
+    plan = planner.plan_of(
+        dataclasses.replace(demand, train=settled),
+        num_steps=steps or 1,
         rate=rate,
         price_per_gpu_hour=recipe.gpu_hour_price,
     )
-    return StagePlan(stage=stage, plan=plan, has_length=steps is not None)
+    return StagePlan(stage=stage, plan=plan, config=settled, has_length=steps is not None)
 
 
 def _precision(config: TrainConfig, gpu: GPUInfo) -> Precision:
@@ -80,10 +86,17 @@ def _precision(config: TrainConfig, gpu: GPUInfo) -> Precision:
 def print_plan(planned: StagePlan) -> None:
     """Print one stage's plan as a table."""
     rows = describe(planned.plan)
+    rows.insert(3, ("rows at once", _at_once(planned.config)))
     if not planned.has_length:
         rows = [row for row in rows if row[0] not in UNKNOWN_LENGTH]
         rows.insert(1, ("tokens", "known once the data has been prepared"))
     console.print_table(f"plan of {planned.stage}", ["what", "needs"], rows)
+
+
+def _at_once(config: TrainConfig) -> str:
+    ways: dict[Any, str] = {False: "nothing", "cheap": "norms and products", True: "whole layers"}
+    rows = f"{config.micro_batch} of {config.longest_context} tokens"
+    return f"{rows}, computing again {ways[config.recompute]}"
 
 
 def describe(plan: planner.Plan) -> list[tuple[str, str]]:
@@ -168,11 +181,12 @@ def dry_run(
 def _rehearse(recipe: Recipe, planned: StagePlan) -> None:
     from sevenfold.workflow.rehearsal import rehearse
 
-    config = decide(train_config(recipe, planned.stage))
+    stage = planned.stage
+    config = choosing.for_trial(recipe, stage, decide(train_config(recipe, stage)))
     predicted = {part.seq_len: part.peak_gib for part in planned.plan.memory}
     rows = [
         [int(row["seq_len"]), predicted.get(int(row["seq_len"])), row["peak_gib"], row["tok_s"]]
-        for row in rehearse(recipe, planned.stage, config)
+        for row in rehearse(recipe, stage, config)
     ]
     columns = ["context", "predicted GiB", "measured GiB", "tokens/s per GPU"]
-    console.print_table(f"a few steps of {planned.stage} on random tokens", columns, rows)
+    console.print_table(f"a few steps of {stage} on random tokens", columns, rows)

@@ -10,6 +10,7 @@ from sevenfold.base import storage
 from sevenfold.base.errors import SevenfoldError
 from sevenfold.base.records import GATED_STAGES, Run
 from sevenfold.train.config import TrainConfig
+from sevenfold.workflow import row_counts
 from sevenfold.workflow.recipe import Recipe, resolve
 
 
@@ -50,19 +51,19 @@ def train_config(recipe: Recipe, stage: str) -> TrainConfig:
     return config
 
 
-def num_steps(run: Run, config: TrainConfig, stage: str) -> int | None:
+def num_steps(run: Run, recipe: Recipe, stage: str) -> int | None:
     """Return the steps of a stage, None while they depend on data that is not there yet."""
+    config = train_config(recipe, stage)
     if config.duration.epochs is None:
         return config.num_steps(1, 1)
-    folder = run.data("packed" if stage == "pretrain" else stage)
+    if stage != "pretrain":
+        counted = row_counts.count_rows(run, recipe, stage)
+        return None if counted is None else config.num_steps(counted.rows, config.longest_context)
+    folder = run.data("packed")
     if not (folder / storage.MANIFEST).is_file():
         return None
-    facts = storage.read_manifest(folder)
-    if stage == "pretrain":  # padding takes its time, too
-        tokens = facts["counts"]["train"]["rows"] * facts["row_length"]
-    else:
-        tokens = facts["counts"].get("tokens")
-    return None if tokens is None else config.num_steps(int(tokens), 1)
+    facts = storage.read_manifest(folder)  # padding takes its time, too
+    return config.num_steps(facts["counts"]["train"]["rows"], facts["row_length"])
 
 
 def progress(run: Run) -> list[StageProgress]:
@@ -83,7 +84,7 @@ def _stage(run: Run, recipe: Recipe | None, stage: str) -> StageProgress:
         config = train_config(recipe, stage)
         tokens = config.tokens_per_batch
         try:
-            steps = num_steps(run, config, stage)
+            steps = num_steps(run, recipe, stage)
         except SevenfoldError:  # it will be told by the stage itself
             steps = None
     verdict = folder / "verdict.json"

@@ -21,7 +21,7 @@ from sevenfold.data.shards import open_shards
 from sevenfold.model import float8, llama
 from sevenfold.train import loop, parallel
 from sevenfold.train.config import TrainConfig
-from sevenfold.workflow import contamination, prepare, prepared
+from sevenfold.workflow import choosing, contamination, prepare, prepared
 from sevenfold.workflow.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -210,7 +210,16 @@ def open_job(
     ``section`` is the stage's part of the recipe, ``config`` its training settings, ``data`` the
     fingerprint of what it trains on.
     """
-    decided = decide(config)
+    processes = parallel.join()
+    decided, chosen = choosing.settle_stage(
+        run.stage(stage),
+        recipe,
+        stage,
+        decide(config),
+        model_folder=source.folder,
+        world_size=processes.world,
+        keep=options.resume,
+    )
     job = Job(
         run=run,
         recipe=recipe,
@@ -220,9 +229,13 @@ def open_job(
         source=source,
         inputs={"model": source.fingerprint, "data": data},
         options=options,
-        processes=parallel.join(),
+        processes=processes,
     )
-    return None if _is_finished(job) else job
+    if _is_finished(job):
+        return None
+    if processes.is_main:
+        choosing.note(job.folder, chosen)
+    return job
 
 
 def _is_finished(job: Job) -> bool:

@@ -166,7 +166,7 @@ def sharding(
     copies = nodes if processes.agree(peak_gib(processes.world // nodes) <= room_gib) else 1
     model = from_hf(scorer.causal_model.config)
     weight_bytes = {"fp32": 4, "bf16": 2, "fp8_torchao": 1}[config.precision]
-    whole_gib = model.num_layers * model.num_layer_matmul_parameters * weight_bytes / planner.GIB
+    whole_gib = model.num_layers * model.num_layer_matmul_parameters * weight_bytes / memory.GIB
     return copies, processes.agree(peak_gib(processes.world // copies) + whole_gib <= room_gib)
 
 

@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from rich.console import Console
 
@@ -69,12 +70,19 @@ def test_a_length_that_the_data_decide_is_unknown_until_they_are_there(run: Run)
     recipe["lora"]["train"]["duration"] = {"steps": None, "epochs": 1.0, "tokens": None}
     again = write_run(run.folder, preset="demo", recipe=recipe)
     assert seconds_left(progress(again)) is None
-    with storage.new_folder(run.data("lora"), kind="lora", counts={"tokens": 7_680}):
-        pass
+    train = recipe["lora"]["train"]
+    row_length, rows_a_step = train["contexts"][-1]["length"], train["tokens_per_batch"]
+    rows_a_step //= row_length
+    _prepare_conversations(run, [row_length] * 10 * rows_a_step)
     assert seconds_left(progress(again)) == pytest.approx((600 + 300 + 10) * 0.1)
-    with storage.new_folder(run.data("lora"), kind="lora", counts={"tokens": 7}):
-        pass
+    _prepare_conversations(run, [row_length])
     assert seconds_left(progress(again)) is None  # less than a batch: the stage will say so
+
+
+def _prepare_conversations(run: Run, lengths: list[int]) -> None:
+    rows = {"input_ids": [[1] * n for n in lengths], "loss_mask": [[1] * n for n in lengths]}
+    with storage.new_folder(run.data("lora"), kind="lora", tokens=sum(lengths)) as folder:
+        datasets.Dataset.from_dict(rows).save_to_disk(str(folder / "rows"))
 
 
 def test_plain_lines_tell_it_too(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

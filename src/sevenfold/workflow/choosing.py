@@ -1,0 +1,218 @@
+"""What ``auto`` means for the micro-batch and for recomputation, on the GPU that there is.
+
+Of everything the planner expects to fit, what takes the least time. It is chosen once: a stage
+keeps it beside its checkpoints, so that a run that goes on goes on with the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from sevenfold.base import hardware, storage
+from sevenfold.base.config import to_plain
+from sevenfold.base.hardware import GPUInfo
+from sevenfold.model.config import ModelConfig, describe_folder
+from sevenfold.train import parallel
+from sevenfold.train.config import TrainConfig
+from sevenfold.train.memory import Adapter, Demand, Precision
+from sevenfold.train.planner import ASSUMED_MFU, ASSUMED_PEAK_FLOPS
+from sevenfold.workflow.recipe import Recipe
+
+FILE = "chosen.json"
+# Of a GPU's memory, what may be planned to be taken: plans are up to 3 % off, and a little more is
+# lost between blocks of memory.
+PLANNED_SHARE = 0.95
+# Where there is no GPU, the plan is for an H100 or A100 of 80 GB.
+USUAL_MEMORY_GIB = 79.1
+# Bytes a second that an H100 moves in a large copy (measured).
+BANDWIDTH = 3.0e12
+# What recomputing adds to the time of a token. True: measured. Cheap: counted from the bytes that
+# norms and SwiGLU read and write a second time, 120 kB a token and layer of the 7B; not measured.
+EXTRA_TIME: dict[bool | str, float] = {False: 0.0, "cheap": 0.02, True: 0.21}
+
+
+def demand_of(
+    recipe: Recipe,
+    stage: str,
+    config: TrainConfig,
+    *,
+    precision: Precision,
+    world_size: int,
+    on_gpu: bool,
+    model: ModelConfig | None = None,
+    scored_share: float = 1.0,
+) -> Demand:
+    """Return what a stage of ``recipe`` asks of each of ``world_size`` GPUs."""
+    model = model or recipe.model
+    lora = recipe.lora if stage == "lora" else None
+    compiled = config.compile != "none"
+    kernel: Any = "chunked" if on_gpu and compiled else "plain"
+    return Demand(
+        model=model,
+        train=config,
+        precision=precision,
+        world_size=world_size,
+        loss_kernel="cce" if recipe.kernels.cce else kernel,
+        compiled=compiled,
+        adapter=None if lora is None else adapter_of(recipe, model),
+        four_bits=lora is not None and lora.base == "nf4",
+        scored_share=scored_share,
+    )
+
+
+def adapter_of(recipe: Recipe, model: ModelConfig) -> Adapter:
+    """Return the recipe's adapter as the planner sees it."""
+    shape = recipe.lora.adapter
+    adapter = Adapter(num_parameters=shape.num_parameters(model), rank=shape.r)
+    if shape.targets == "all-linear":
+        return adapter
+    return dataclasses.replace(adapter, targets=shape.targets)
+
+
+def is_open(config: TrainConfig) -> bool:
+    """True while something is to be chosen."""
+    return "auto" in (config.micro_batch, config.recompute)
+
+
+def choose(demand: Demand, gpu: GPUInfo) -> TrainConfig:
+    """Return the stage's settings with the fastest micro-batch and recomputation that fit.
+
+    Where nothing fits, those that need least, which are then refused with the numbers.
+    """
+    room_gib = (gpu["memory_gib"] or USUAL_MEMORY_GIB) * PLANNED_SHARE
+    plans = [
+        (peak_gib(dataclasses.replace(demand, train=config)), config)
+        for config in candidates(demand)
+    ]
+    fitting = [(peak, config) for peak, config in plans if peak <= room_gib]
+    if not fitting:
+        return min(plans, key=lambda each: each[0])[1]
+    return min(fitting, key=lambda each: seconds_per_token(demand, each[1], gpu))[1]
+
+
+def candidates(demand: Demand) -> list[TrainConfig]:
+    """Return every way to fill in what is open.
+
+    Micro-batches divide a step, so that all have one size. ``cheap`` is torch.compile's.
+    """
+    train = demand.train
+    rows = max(1, train.tokens_per_batch // train.longest_context // demand.world_size)
+    sizes = [train.micro_batch]
+    if train.micro_batch == "auto":
+        sizes = [size for size in range(1, rows + 1) if rows % size == 0]
+    ways: list[Any] = [train.recompute]
+    if train.recompute == "auto":
+        ways = [False, "cheap", True] if demand.compiled else [False, True]
+    return [
+        dataclasses.replace(train, micro_batch=size, recompute=way)
+        for way in ways
+        for size in sizes
+    ]
+
+
+def peak_gib(demand: Demand) -> float:
+    """Return the planned peak over all context lengths."""
+    lengths = {phase.length for phase in demand.train.contexts}
+    return max(demand.memory(length).peak_gib for length in lengths)
+
+
+def seconds_per_token(demand: Demand, config: TrainConfig, gpu: GPUInfo) -> float:
+    """Return about how long a token takes: its products, and its share of what a pass costs.
+
+    Each pass reads all weights twice, forward and backward, and adds to all gradients.
+    """
+    model = demand.model
+    flops = model.flops_per_token(config.longest_context)
+    peak = gpu["peak_bf16_tflops"] * 1e12 or ASSUMED_PEAK_FLOPS
+    products_s = flops / peak / ASSUMED_MFU * (1 + EXTRA_TIME[config.recompute])
+    gradients = model.num_parameters if demand.adapter is None else demand.adapter.num_parameters
+    moved = 2 * demand.compute_bytes * (model.num_parameters + gradients)
+    return products_s + moved / BANDWIDTH / (config.rows_at_once * config.longest_context)
+
+
+def settle(
+    folder: Path, demand: Demand, gpu: GPUInfo, *, keep: bool = True
+) -> tuple[TrainConfig, dict[str, Any] | None]:
+    """Choose what is open, or take what the stage in ``folder`` has chosen before.
+
+    A finished stage keeps its choice on any machine, another one if it would be asked the same
+    again; ``keep`` False (a stage that is to begin anew): none does.
+
+    Returns:
+        the settings, and what :func:`note` is to write, None where nothing was open.
+    """
+    config = demand.train
+    if not is_open(config):
+        return config, None
+    settings = {
+        "model": to_plain(demand.model),
+        "train": to_plain(config),
+        "precision": demand.precision,
+        "loss_kernel": demand.loss_kernel,
+        "four_bits": demand.four_bits,
+        "adapter": None if demand.adapter is None else dataclasses.asdict(demand.adapter),
+    }
+    if demand.adapter is not None:
+        settings["adapter"]["targets"] = sorted(demand.adapter.targets)
+    machine = {"gpu": gpu["name"], "memory_gib": gpu["memory_gib"], "gpus": demand.world_size}
+    asked = {"settings": settings, "machine": machine}
+    before = storage.read_json(folder / FILE) if keep and (folder / FILE).is_file() else None
+    if before is not None and (before["asked"] == asked or (folder / "record.json").is_file()):
+        chosen = {name: before[name] for name in ("micro_batch", "recompute")}
+        return dataclasses.replace(config, **chosen), before
+    found = choose(demand, gpu)
+    fresh = {"micro_batch": found.micro_batch, "recompute": found.recompute, "asked": asked}
+    return found, fresh
+
+
+def note(folder: Path, chosen: dict[str, Any] | None) -> None:
+    """Write a choice beside a stage's checkpoints, if it is new."""
+    path = folder / FILE
+    if chosen is not None and not (path.is_file() and storage.read_json(path) == chosen):
+        storage.write_json(path, chosen)
+
+
+def settle_stage(
+    folder: Path,
+    recipe: Recipe,
+    stage: str,
+    config: TrainConfig,
+    *,
+    model_folder: Path,
+    world_size: int,
+    keep: bool,
+) -> tuple[TrainConfig, dict[str, Any] | None]:
+    """Settle a stage that is about to train the model in ``model_folder``; see :func:`settle`.
+
+    ``config`` has its precision and compiling decided already.
+    """
+    if not is_open(config):
+        return config, None
+    model = describe_folder(model_folder)
+    demand = _demand_here(recipe, stage, config, world_size, model)
+    return settle(folder, demand, hardware.detect_gpu_type(), keep=keep)
+
+
+def for_trial(recipe: Recipe, stage: str, config: TrainConfig) -> TrainConfig:
+    """Choose for a trial of a stage, whose precision and compiling are decided."""
+    if not is_open(config):
+        return config
+    demand = _demand_here(recipe, stage, config, parallel.join().world, recipe.model)
+    return choose(demand, hardware.detect_gpu_type())
+
+
+def _demand_here(
+    recipe: Recipe, stage: str, config: TrainConfig, world_size: int, model: ModelConfig
+) -> Demand:
+    assert config.precision != "auto"
+    return demand_of(
+        recipe,
+        stage,
+        config,
+        precision=config.precision,
+        world_size=world_size,
+        on_gpu=hardware.detect_gpu_type()["num_gpus"] > 0,
+        model=model,
+    )

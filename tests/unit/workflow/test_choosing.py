@@ -1,0 +1,142 @@
+"""What ``auto`` comes to: the fastest that fits, chosen once for a stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.pipeline import miniature
+from tests.unit.train.test_planner import CPU, H100
+from tests.unit.workflow.test_pretrain import write_shards
+
+from sevenfold.base import storage
+from sevenfold.base.hardware import GPUInfo
+from sevenfold.train.config import TrainConfig
+from sevenfold.train.memory import Demand
+from sevenfold.workflow import choosing, remaining, training
+from sevenfold.workflow import recipe as recipes
+from sevenfold.workflow.pretrain import pretrain
+
+H200 = GPUInfo(**{**H100, "name": "NVIDIA H200", "memory_gib": 139.8})
+
+
+def demand(precision: str = "bf16", world_size: int = 1, stage: str = "pretrain") -> Demand:
+    recipe = recipes.resolve("7b", None, (), Path("unused"))[1]
+    return choosing.demand_of(
+        recipe,
+        stage,
+        remaining.train_config(recipe, stage),
+        precision=precision,  # type: ignore[arg-type]
+        world_size=world_size,
+        on_gpu=True,
+    )
+
+
+def opened(asked: Demand, **changes: Any) -> Demand:
+    return dataclasses.replace(asked, train=dataclasses.replace(asked.train, **changes))
+
+
+@pytest.mark.parametrize(
+    ("precision", "gpu", "world_size", "rows"),
+    [
+        ("bf16", H100, 1, 2),
+        ("fp8", H100, 1, 4),
+        ("bf16", H100, 4, 4),
+        ("bf16", H200, 1, 8),
+        ("fp8", H200, 1, 8),
+        # Where there is no GPU, for one of 80 GB.
+        ("bf16", CPU, 1, 2),
+    ],
+)
+def test_the_7b_takes_as_many_rows_as_fit(
+    precision: str, gpu: GPUInfo, world_size: int, rows: int
+) -> None:
+    found = choosing.choose(demand(precision, world_size), gpu)
+    assert (found.micro_batch, found.recompute) == (rows, False)
+
+
+def test_all_training_stages_of_the_7b_fit_80_gb() -> None:
+    rows = {
+        stage: choosing.choose(demand(stage=stage), H100).micro_batch
+        for stage in ("pretrain", "sft", "dpo", "lora")
+    }
+    assert rows == {"pretrain": 2, "sft": 2, "dpo": 2, "lora": 4}
+
+
+def test_recomputation_comes_where_it_makes_room_for_more_rows() -> None:
+    both = opened(demand(), recompute="auto")
+    # Twice the rows for two per cent of the time.
+    found = choosing.choose(both, H100)
+    assert (found.micro_batch, found.recompute) == (4, "cheap")
+    # With room enough nothing is computed again.
+    assert choosing.choose(both, H200).recompute is False
+    # Only with all computed again does anything fit; uncompiled layers know no other way.
+    narrow = GPUInfo(**{**H100, "memory_gib": 49.0})
+    assert choosing.choose(both, narrow).recompute is True
+    uncompiled = dataclasses.replace(both, compiled=False)
+    assert {each.recompute for each in choosing.candidates(uncompiled)} == {False, True}
+
+
+def test_what_does_not_fit_at_all_is_left_to_be_refused_at_its_smallest() -> None:
+    small = GPUInfo(**{**H100, "memory_gib": 24.0})
+    assert choosing.choose(demand(), small).micro_batch == 1
+
+
+def test_micro_batches_divide_a_step_and_what_is_set_stays() -> None:
+    three = opened(demand(), tokens_per_batch=6 * 2048)
+    assert [each.micro_batch for each in choosing.candidates(three)] == [1, 2, 3, 6]
+    set_by_hand = opened(demand(), micro_batch=3, recompute=True)
+    assert choosing.candidates(set_by_hand) == [set_by_hand.train]
+    assert choosing.settle(Path("unused"), set_by_hand, H100) == (set_by_hand.train, None)
+
+
+def settled(folder: Path, asked: Demand, gpu: GPUInfo, **how: Any) -> TrainConfig:
+    config, chosen = choosing.settle(folder, asked, gpu, **how)
+    choosing.note(folder, chosen)
+    return config
+
+
+def test_a_stage_keeps_its_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = demand()
+    assert settled(tmp_path, asked, H100).micro_batch == 2
+    with monkeypatch.context() as patch:  # a planner that has learnt something since
+        patch.setattr(choosing, "choose", lambda demand, gpu: pytest.fail("chosen again"))
+        assert settled(tmp_path, asked, H100).micro_batch == 2
+    # Another machine, other settings, a stage that begins anew: it is chosen again.
+    assert choosing.settle(tmp_path, asked, H200)[0].micro_batch == 8
+    assert choosing.settle(tmp_path, opened(asked, tokens_per_batch=8192), H200)[0].micro_batch == 4
+    storage.write_json(tmp_path / choosing.FILE, {**_kept(tmp_path), "micro_batch": 1})
+    assert settled(tmp_path, asked, H100).micro_batch == 1
+    assert choosing.settle(tmp_path, asked, H100, keep=False)[0].micro_batch == 2
+    # What is finished stays as it is, on any machine.
+    storage.write_json(tmp_path / "record.json", {})
+    assert settled(tmp_path, asked, H200).micro_batch == 1
+
+
+def _kept(folder: Path) -> dict[str, Any]:
+    return dict(storage.read_json(folder / choosing.FILE))
+
+
+def test_a_run_records_what_was_chosen_and_goes_on_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(tmp_path / "packed")
+    plain = miniature.recipe()
+    changes = {"duration": {"steps": 1}, "micro_batch": "auto", "recompute": "auto"}
+    plain["pretrain"] = {**plain["pretrain"], **changes}
+    config = tmp_path / "recipe.yaml"
+    config.write_text(json.dumps(plain))
+    run, recipe = recipes.resolve(config_file=config, run_folder=tmp_path / "run")
+    options = training.StageOptions(data=tmp_path / "packed")
+    pretrain(recipes.save(run), recipe, options)
+    record = run.record("pretrain")
+    rows_a_step = recipe.pretrain.tokens_per_batch // recipe.pretrain.longest_context
+    assert record["config"]["micro_batch"] == rows_a_step
+    assert record["config"]["recompute"] is False
+    assert choosing.FILE in record["files"]
+    monkeypatch.setattr(choosing, "choose", lambda demand, gpu: pytest.fail("chosen again"))
+    pretrain(run, recipe, options)
+    assert "already finished" in capsys.readouterr().out
