@@ -23,8 +23,8 @@ from sevenfold.base import console, hardware, records, storage
 from sevenfold.base.errors import CheckpointError, UsageError
 from sevenfold.data.packing import PackedPreferences
 from sevenfold.data.random_rows import RandomRows
-from sevenfold.train import checkpoint, loop, optimizer, parallel, planner, resuming
-from sevenfold.train.config import ContextPhase, TrainConfig
+from sevenfold.train import checkpoint, loop, optimizer, parallel, resuming
+from sevenfold.train.config import TrainConfig
 from sevenfold.train.watching import OTHER, WAIT, Stopwatch, totals
 from sevenfold.workflow import (
     bench_data,
@@ -163,7 +163,7 @@ def _training(asked: Bench) -> Iterator[dict[str, Any]]:
             **_rates(asked, found, rate),
             "mfu": _mfu(asked, rate, length),
             "peak_gib": found.peak_gib,
-            "planned_gib": _planned_gib(asked, tried, length),
+            "planned_gib": _planned_gib(asked, tried, found, length),
             "step_s": found.step_s,
             **{f"{phase}_s": seconds for phase, seconds in found.phases_s.items()},
             "slowest_step_s": found.slowest_step_s,
@@ -192,27 +192,20 @@ def _mfu(asked: Bench, rate: float, length: int) -> float | None:
     return rate * asked.recipe.model.flops_per_token(length) / peak
 
 
-def _planned_gib(asked: Bench, tried: trial.Trial, length: int) -> float:
+def _planned_gib(asked: Bench, tried: trial.Trial, found: trial.Measured, length: int) -> float:
     """Return the peak that the planner expects at one context length."""
-    adapter = asked.recipe.lora.adapter.num_parameters(asked.recipe.model)
     config = asked.config
-    lengths = sorted({length, config.longest_context})
-    contexts = [
-        ContextPhase(length=each, until=(number + 1) / len(lengths))
-        for number, each in enumerate(lengths)
-    ]
-    plan = planner.plan(
-        asked.recipe.model,
-        dataclasses.replace(config, contexts=tuple(contexts)),
-        num_steps=asked.num_steps,
+    demand = choosing.demand_of(
+        asked.recipe,
+        asked.stage,
+        config,
         precision="fp32" if config.precision == "auto" else config.precision,
         world_size=tried.processes.world,
-        loss_kernel=tried.scorer.kernel,  # type: ignore[arg-type]
-        compiled=config.compile != "none",
-        num_trainable_parameters=adapter if asked.stage == "lora" else None,
-        four_bits=asked.stage == "lora" and asked.recipe.lora.base == "nf4",
+        on_gpu=tried.processes.device.type == "cuda",
+        scored_share=found.scored_share,
     )
-    return next(part.peak_gib for part in plan.memory if part.seq_len == length)
+    kernel: Any = tried.scorer.kernel
+    return dataclasses.replace(demand, loss_kernel=kernel).memory(length).peak_gib
 
 
 def _facts(asked: Bench, tried: trial.Trial, length: int) -> dict[str, Any]:

@@ -70,6 +70,18 @@ class Measured:
     peak_gib: float
     rows: Rows
 
+    @property
+    def scored_share(self) -> float:
+        """The share of the rows' positions that carry loss."""
+        rows = self.rows
+        if isinstance(rows, RandomRows):
+            return 1.0
+        if isinstance(rows, PackedPreferences):
+            scored = sum(len(pair.chosen) + len(pair.rejected) for pair in rows.preferences)
+        else:
+            scored = sum(sum(piece.mask) for piece in rows.pieces)
+        return scored / (rows.num_rows * rows.row_length)
+
 
 class _NotKept(checkpoint.Checkpoints):
     """Checkpoints of a trial that is to leave nothing behind."""
