@@ -51,7 +51,12 @@ def update(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 def gradient_norm(parameters: Iterable[Tensor]) -> tuple[Tensor, float]:
     """Return the global norm of all gradients: [], sharded where they are, and as a number."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients, foreach=True)
+    if any(hasattr(gradient, "full_tensor") for gradient in gradients):
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
+    else:
+        # In fp32: of bf16 gradients PyTorch's own would be a bf16 number, with three digits.
+        norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(torch.stack(norms))
     return norm, float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 

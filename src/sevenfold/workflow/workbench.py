@@ -23,7 +23,7 @@ from sevenfold.model import accumulating, attention, float8, four_bits, kernels,
 from sevenfold.model.config import KernelConfig, from_hf
 from sevenfold.objective.agreement import require_agreement
 from sevenfold.objective.next_token import Objective, Scorer
-from sevenfold.train import checkpoint, loop, optimizer, parallel, planner, resuming
+from sevenfold.train import checkpoint, loop, memory, optimizer, parallel, planner, resuming
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.recovery import Decisions, StepGuard
 from sevenfold.workflow import remaining, tracking, watching

@@ -85,3 +85,20 @@ def test_the_state_of_other_parameters_is_refused() -> None:
     wrong = {**flat, "0.weight::exp_avg": torch.zeros(3, 3)}
     with pytest.raises(CheckpointError, match=r"exp_avg: shape \(3, 3\), expected \(64, 256\)"):
         optimizer.restore_state(names, made, wrong)
+
+
+def test_the_norm_of_bf16_gradients_is_no_bf16_number() -> None:
+    """Nor is that of fp32 ones another than PyTorch's."""
+    made = [torch.nn.Parameter(torch.zeros(64, 32, dtype=torch.bfloat16)) for _ in range(2)]
+    for number, parameter in enumerate(made):
+        drawn = torch.randn(64, 32, generator=torch.Generator().manual_seed(number))
+        parameter.grad = drawn.bfloat16()
+    exact = torch.cat([p.grad.double().flatten() for p in made]).norm()
+    norm, number = optimizer.gradient_norm(made)
+    assert norm.dtype == torch.float32
+    assert number == pytest.approx(float(exact), rel=1e-6)
+    wide = [torch.nn.Parameter(p.detach().float()) for p in made]
+    for one, other in zip(wide, made, strict=True):
+        one.grad = other.grad.float()
+    theirs = torch.nn.utils.get_total_norm([p.grad for p in wide], foreach=True)
+    assert torch.equal(optimizer.gradient_norm(wide)[0], theirs)
