@@ -17,7 +17,7 @@ import torch
 
 from sevenfold.base import faults
 from sevenfold.base.errors import SevenfoldError, StoppedError, UsageError
-from sevenfold.train.parallel import Processes
+from sevenfold.train.parallel import PATIENCE_S, Processes
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +25,9 @@ log = logging.getLogger(__name__)
 # start again wait in an exchange: only a checkpoint can be under way.
 GRACE_S = 45.0
 START_AGAIN_S = 30.0
-# Where a process writes what it is doing, and after how long without a word all are ended. The
-# first step of a compiled model can take minutes; how long at the 7B has not been measured.
+# Where a process writes what it is doing, and after how long without a word all are ended.
 HEARTBEAT_VARIABLE = "SEVENFOLD_HEARTBEAT"
 PATIENCE_VARIABLE = "SEVENFOLD_PATIENCE_S"
-PATIENCE_S = 1800.0
 
 
 class StartAgainError(StoppedError):

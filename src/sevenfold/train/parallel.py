@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,9 @@ from sevenfold.train import optimizer as optimizers
 from sevenfold.train.config import TrainConfig
 
 T = TypeVar("T")
+# How long processes wait for each other without a word. The first step of a compiled model can take
+# minutes; how long at the 7B has not been measured.
+PATIENCE_S = 1800.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +97,10 @@ def join() -> Processes:
         return Processes(rank=0, world=1, device=device)
     if not dist.is_initialized():
         _require_address(os.environ.get("MASTER_ADDR", ""))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Before they meet, the first may have to measure a model from outside; NCCL's own ten
+        # minutes can be too few.
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=PATIENCE_S))
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     return Processes(rank=dist.get_rank(), world=world, device=device, per_node=per_node)
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,24 @@ def test_a_meeting_place_that_does_not_exist_is_refused_at_once(
     with pytest.raises(UsageError, match=r"MASTER_ADDR 'no.such.invalid': no such host .*first no"):
         parallel.join()
     assert time.monotonic() - started < 30
+
+
+def test_processes_wait_for_each_other_as_long_as_their_launcher_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before they meet, the first may measure a model from outside; NCCL alone gives up sooner."""
+
+    class AskedError(Exception):
+        """Ends the joining, with what was asked of it."""
+
+    def note(backend: str, timeout: timedelta) -> None:
+        raise AskedError(timeout.total_seconds())
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", note)
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(AskedError, match="1800"):
+        parallel.join()
 
 
 @pytest.mark.parametrize("text", ["soon", "-3", "nan"])
