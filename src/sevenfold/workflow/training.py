@@ -225,7 +225,7 @@ def open_job(
         recipe=recipe,
         stage=stage,
         config=decided,
-        settings=_settings(section, decided),
+        settings=_settings(section, config, decided),
         source=source,
         inputs={"model": source.fingerprint, "data": data},
         options=options,
@@ -314,6 +314,7 @@ def close(job: Job, bench: loop.Workbench, last: Mapping[str, Any], **facts: Any
         "finished_at_s": time.time(),
         "gpu": gpu["name"],
         "num_gpus": gpu["num_gpus"],
+        "precision": job.config.precision,
         "bit_identical": job.config.deterministic or gpu["num_gpus"] == 0,
         "gpu_hours": hours if gpu["num_gpus"] else 0.0,
         "cost": hours * price if gpu["num_gpus"] and price is not None else None,
@@ -361,8 +362,14 @@ def model_dtype(job: Job) -> torch.dtype:
     return llama.DTYPES[job.recipe.init.dtype]
 
 
-def _settings(section: Any, config: TrainConfig) -> dict[str, Any]:
-    """Return a stage's settings as plain values, flat enough that a change names its field."""
-    training = to_plain(config)
+def _settings(section: Any, asked: TrainConfig, decided: TrainConfig) -> dict[str, Any]:
+    """Return a stage's settings as plain values, flat enough that a change names its field.
+
+    Another number of GPUs may go on with a stage, so FP8 that was not asked for by its recipe is
+    just that here; which recipe trains is said with the program.
+    """
+    training = to_plain(decided)
+    if decided.precision == "fp8_torchao" != asked.precision:
+        training["precision"] = "fp8"
     others = {k: v for k, v in to_plain(section).items() if k != "train" and k not in training}
     return {**others, **training}

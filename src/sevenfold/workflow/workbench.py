@@ -243,7 +243,11 @@ def assemble(
         peak_flops=detect_gpu_type()["peak_bf16_tflops"] * 1e12,
         guard=StepGuard(sigma=config.spike_sigma, max_in_a_row=config.max_skipped_steps),
         decisions=decisions,
-        program={"code": records.code_version(), **records.package_versions()},
+        program={
+            "code": records.code_version(),
+            "precision": config.precision,
+            **records.package_versions(),
+        },
     )
     if resuming.resume(bench, force=job.options.force) and processes.is_main:
         print_line(f"{job.stage}: resuming from step {bench.step} of {num_steps}")

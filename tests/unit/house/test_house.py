@@ -409,7 +409,9 @@ def test_what_must_be_quick_imports_nothing_slow(name: str) -> None:
             assert module != "sevenfold.base.hardware", f"{name}:{line}: imports torch"
 
 
-@pytest.mark.parametrize("path", [REPOSITORY / ".ci/run", *(REPOSITORY / "scripts").glob("*.s[hb]*")])
+@pytest.mark.parametrize(
+    "path", [REPOSITORY / ".ci/run", *(REPOSITORY / "scripts").glob("*.s[hb]*")]
+)
 def test_shell_scripts_are_sound(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"\beval\b|\|\s*(ba)?sh\b", text), f"{path.name} runs what it is given"

@@ -125,7 +125,10 @@ def test_several_gpus_train_fp8_by_the_recipe_that_can_be_sharded(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """What is decided goes into the stage's settings and its record; plans agree with it."""
+    """What is decided goes into the stage's record; plans agree with it.
+
+    Its settings, which a checkpoint is held against, are the same for one GPU and for several.
+    """
     gpu = GPUInfo(
         **{**detect_gpu_type(), "name": "H100", "num_gpus": num_gpus, "supports_fp8": True}  # type: ignore[typeddict-item]
     )
@@ -133,7 +136,11 @@ def test_several_gpus_train_fp8_by_the_recipe_that_can_be_sharded(
     required: list[bool] = []
     monkeypatch.setattr(float8, "require_float8", lambda *, torchao: required.append(torchao))
     config = dataclasses.replace(CONFIG, precision=asked)
-    assert training.decide(config).precision == decided
+    found = training.decide(config)
+    assert found.precision == decided
+    settings = training._settings({"train": CONFIG, "beta": 1}, config, found)
+    assert settings["precision"] == (asked if asked != "auto" else "fp8")
+    assert (settings["beta"], settings["micro_batch"]) == (1, config.micro_batch)
     assert planning._precision(config, gpu) == decided
     assert required == ([decided == "fp8_torchao"] if "fp8" in decided else [])
     assert ("torchao's recipe" in caplog.text) is (num_gpus > 1 and "fp8" in decided)
