@@ -20,6 +20,7 @@ from pathlib import Path
 
 import preferences
 import table
+import torch
 
 from sevenfold.base import storage
 from sevenfold.base.errors import GateRefusedError
@@ -57,6 +58,8 @@ def do(*command: str, flags: list[str] | None = None, refusal: bool = False) -> 
     if not Path("run/run.json").exists():
         more = ["--preset", "smollm2", *more]
     release_memory()
+    # Without compiled layers FlexAttention is compiled alone, for eight kinds of rows at most.
+    torch.compiler.reset()
     code = cli.execute([*command, *more])
     sys.stderr.write(f"== {command[0]}: exit {code}, {time.monotonic() - started:.0f} s\n")
     if code and not (refusal and code == GateRefusedError.exit_code):

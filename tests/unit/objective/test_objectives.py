@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.unit.toy_scorer import VOCAB, make_scorer
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sevenfold.data.packing import PackedConversations, PackedPreferences, Piece, Preference
 from sevenfold.objective.linear_cross_entropy import negative_log_likelihood
@@ -155,6 +156,40 @@ def test_only_what_carries_loss_goes_through_the_head(
     assert batch.with_scored_places().scored_n is None
     monkeypatch.setattr(batches, "SCORED_TOGETHER", 8)
     assert batch.with_scored_places().rows(0, 1).scored_n is None
+
+
+class Products(TorchDispatchMode):
+    """Notes the shape of what each matrix product gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.mm.default:
+            self.shapes.append(tuple(found.shape))
+        return found
+
+
+@pytest.mark.parametrize("kernel", ["plain", "chunked"])
+def test_a_frozen_head_costs_no_gradient(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under an adapter: the products give logits and the states' gradient, nothing else."""
+    from sevenfold.objective import linear_cross_entropy as module
+
+    monkeypatch.setattr(module, "_compiled", lambda function: function)
+    weight, targets = torch.randn(VOCAB, 8), torch.arange(20)
+    found = {}
+    for frozen in (False, True):
+        hidden = torch.randn(20, 8, requires_grad=True)
+        with Products() as products:
+            head = weight.clone().requires_grad_(not frozen)
+            negative_log_likelihood(hidden, head, targets, kernel=kernel).sum().backward()
+        assert (head.grad is None) == frozen
+        found[frozen] = set(products.shapes)
+    assert found == {False: {(20, VOCAB), (20, 8), (VOCAB, 8)}, True: {(20, VOCAB), (20, 8)}}
 
 
 @pytest.mark.parametrize("kernel", ["plain", "chunked"])
