@@ -106,6 +106,12 @@ class Demand:
         """Bytes of one value of the residual stream, which autocast leaves in fp32."""
         return 4 if self.under_autocast else self.compute_bytes
 
+    @property
+    def adds_in_products(self) -> bool:
+        """True where weight gradients are added up in memory that is always there."""
+        in_bf16 = self.precision == self.train.weights == "bf16"
+        return in_bf16 and self.world_size == 1 and self.adapter is None
+
     def memory(self, seq_len: int) -> MemoryPlan:
         """Return the parts and the peak at ``seq_len``.
 
@@ -132,10 +138,10 @@ class Demand:
         inside = self._inside_layer_bytes(tokens)
         embedding = model.vocab_size * model.hidden_size
         head_gradient = 0.0 if adapter else embedding * gradient_bytes / self.world_size
-        several = self.micro_batches_per_step > 1
-        before = gradients if several else 0.0
+        present = self.micro_batches_per_step > 1 or self.adds_in_products
+        before = gradients if present else 0.0
         # A tied head's gradient waits for the embedding's.
-        waiting = 0.0 if several and not model.tie_embeddings else head_gradient
+        waiting = 0.0 if present and not model.tie_embeddings else head_gradient
         beginning = before + activations + max(loss, waiting + inside)
         ending = gradients + min(activations, layer) + inside
         updating = (
@@ -197,10 +203,7 @@ class Demand:
         kept += self.residual_bytes * h + compute * (h + 2 * f) + 2 * 4
         if adapter is not None:
             read = {name for name, by in READERS.items() if by & set(adapter.targets)}
-            # An adapter of o_proj keeps attention's output once more, in the order it reads it.
-            kept += compute * (
-                adapter.rank * len(adapter.targets) + q * ("o_proj" in adapter.targets)
-            )
+            kept += compute * adapter.rank * len(adapter.targets)
         else:
             read = set(READERS)
         if adapter is None and self.precision.startswith("fp8"):
@@ -215,12 +218,12 @@ class Demand:
     def _inside_layer_bytes(self, tokens: int) -> float:
         """Bytes in the backward pass of one layer.
 
-        Gradients of gate, up, their product and the residual; of gate's and up's weights, which
-        are there until they are added up at the layer's end.
+        Gradients of gate, up, their product and the residual; of gate's and up's weights where
+        these are there until they are added up at the layer's end.
         """
         model, compute = self.model, self.compute_bytes
         h, f = model.hidden_size, model.intermediate_size
-        of_weights = 0 if self.adapter else 2 * h * f * compute
+        of_weights = 0 if self.adapter or self.adds_in_products else 2 * h * f * compute
         return float(tokens * (3 * f * compute + h * self.residual_bytes) + of_weights)
 
     def _loss_bytes(self, tokens: int) -> float:

@@ -6,9 +6,8 @@ CCE for the 7B at 2048 tokens, and fp32 weights under autocast for the model of 
     ========================================  =========  =========  ======
     case                                      measured   predicted  error
     ========================================  =========  =========  ======
-    7B, bf16, micro-batch 2, 1 a step         45.6 GiB   45.8 GiB   +0.4 %
-    bf16, micro-batch 2, 8 a step             59.1 GiB   59.2 GiB   +0.0 %
-    bf16, micro-batch 4, 4 a step             76.4 GiB   76.5 GiB   +0.2 %
+    7B, bf16, micro-batch 2, 8 a step         59.1 GiB   59.1 GiB   -0.1 %
+    bf16, micro-batch 4, 4 a step             76.4 GiB   76.3 GiB   -0.1 %
     bf16, micro-batch 4, on each of two GPUs  57.2 GiB   58.2 GiB   +1.7 %
     fp8 (ours), micro-batch 4, 16 a step      72.0 GiB   73.0 GiB   +1.4 %
     fp8_torchao, micro-batch 2, 1 a step      43 GiB     43.1 GiB   +0.2 %
@@ -16,11 +15,12 @@ CCE for the 7B at 2048 tokens, and fp32 weights under autocast for the model of 
     fp8_torchao, micro-batch 4, 4 a step      66 GiB     67.5 GiB   +2.3 %
     125 M, pretraining, micro-batch 16        12.16 GiB  12.26 GiB  +0.8 %
     125 M, SFT and DPO, micro-batch 8         7.12 GiB   7.24 GiB   +1.6 %
-    125 M, LoRA of rank 16, micro-batch 8     6.31 GiB   6.49 GiB   +2.9 %
+    125 M, LoRA of rank 16, micro-batch 8     6.31 GiB   6.21 GiB   -1.6 %
     ========================================  =========  =========  ======
 
 The last three were measured when the loss kept the logits of 2,048 positions and their gradients
-instead of all logits, and are predicted with those. Nothing is fitted to these figures.
+instead of all logits, and are predicted with those; the first two when weight gradients were not
+added up inside their products yet. Nothing is fitted to these figures.
 Four-bit bases and uncompiled layers follow from the same counting and may be further off.
 """
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from sevenfold.base import storage
 from sevenfold.base.records import Run
-from sevenfold.data.best_fit import best_fit
+from sevenfold.data.best_fit import Packing, packs_of
 from sevenfold.workflow.recipe import Recipe
 
 Lengths = NDArray[np.int64]
@@ -40,6 +40,7 @@ def count_rows(run: Run, recipe: Recipe, stage: str) -> RowCount | None:
         folder,
         storage.read_manifest(folder)["fingerprint"],
         section.train.longest_context,
+        section.packing,
         recipe.seed,
         stage == "dpo",
         stage == "dpo" and recipe.dpo.share_prompts,
@@ -48,7 +49,13 @@ def count_rows(run: Run, recipe: Recipe, stage: str) -> RowCount | None:
 
 @functools.lru_cache(maxsize=16)
 def _count(
-    folder: Path, _fingerprint: str, row_length: int, seed: int, pairs: bool, share_prompts: bool
+    folder: Path,
+    _fingerprint: str,
+    row_length: int,
+    packing: Packing,
+    seed: int,
+    pairs: bool,
+    share_prompts: bool,
 ) -> RowCount:
     """Count; the fingerprint makes it count anew what was prepared anew."""
     if pairs:
@@ -58,7 +65,7 @@ def _count(
     else:
         sizes = _lengths(folder, "input_ids")
         scored = _ones(folder, "loss_mask")
-    rows = len(best_fit(sizes.tolist(), row_length, seed=seed))
+    rows = len(packs_of(sizes.tolist(), row_length, packing=packing, seed=seed))
     return RowCount(rows=rows, scored_share=scored / (rows * row_length))
 
 

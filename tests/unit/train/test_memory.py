@@ -142,6 +142,8 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
         ("bf16", "bf16", "cheap", None),
         ("fp32", "bf16", False, None),
         ("fp32", "fp32", False, None),
+        ("bf16", "bf16", False, ALL),
+        ("bf16", "bf16", False, ("gate_proj", "down_proj")),
         ("fp32", "bf16", False, ALL),
         ("fp32", "bf16", False, ("q_proj", "v_proj")),
     ],

@@ -33,16 +33,16 @@ def recipe(*changes: str) -> recipes.Recipe:
     return recipes.resolve("demo", None, changes, Path("unused"))[1]
 
 
-@pytest.mark.parametrize("stage", ["sft", "lora"])
-def test_conversations(tmp_path: Path, stage: str) -> None:
-    found = recipe(f"{stage}.train.duration={{epochs: 2}}")
+@pytest.mark.parametrize(("stage", "packing"), [("sft", "drawn"), ("lora", "tight")])
+def test_conversations(tmp_path: Path, stage: str, packing: Any) -> None:
+    found = recipe(f"{stage}.train.duration={{epochs: 2}}", f"{stage}.packing={packing}")
     length = remaining.train_config(found, stage).longest_context
     texts = ids(length, 300)
     masks = [[int(i > len(text) // 2) for i in range(len(text))] for text in texts]
     assert row_counts.count_rows(Run(folder=tmp_path, facts={}), found, stage) is None
     run = prepared(tmp_path, stage, {"input_ids": texts, "loss_mask": masks})
     pieces = [Piece(*each) for each in zip(texts, masks, strict=True)]
-    packed = PackedConversations(pieces, length, pad_id=0, seed=found.seed)
+    packed = PackedConversations(pieces, length, pad_id=0, seed=found.seed, packing=packing)
     counted = row_counts.count_rows(run, found, stage)
     scored = sum(map(sum, masks)) / (packed.num_rows * length)
     assert counted == row_counts.RowCount(rows=packed.num_rows, scored_share=scored)
@@ -51,9 +51,9 @@ def test_conversations(tmp_path: Path, stage: str) -> None:
     assert remaining.num_steps(run, found, stage) == steps
 
 
-@pytest.mark.parametrize("share_prompts", [False, True])
-def test_pairs(tmp_path: Path, share_prompts: bool) -> None:
-    found = recipe(f"dpo.share_prompts={str(share_prompts).lower()}")
+@pytest.mark.parametrize(("share_prompts", "packing"), [(False, "drawn"), (True, "tight")])
+def test_pairs(tmp_path: Path, share_prompts: bool, packing: Any) -> None:
+    found = recipe(f"dpo.share_prompts={str(share_prompts).lower()}", f"dpo.packing={packing}")
     length = found.dpo.train.longest_context
     third = length // 4
     prompts, chosen, rejected = ids(third, 200), ids(third, 200), ids(third, 200, shortest=0)
@@ -61,7 +61,12 @@ def test_pairs(tmp_path: Path, share_prompts: bool) -> None:
     run = prepared(tmp_path, "dpo", columns)
     preferences = [Preference(*each) for each in zip(prompts, chosen, rejected, strict=True)]
     packed = PackedPreferences(
-        preferences, length, pad_id=0, seed=found.seed, share_prompts=share_prompts
+        preferences,
+        length,
+        pad_id=0,
+        seed=found.seed,
+        packing=packing,
+        share_prompts=share_prompts,
     )
     counted = row_counts.count_rows(run, found, "dpo")
     assert counted is not None
