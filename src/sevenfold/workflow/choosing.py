@@ -146,25 +146,37 @@ def settle(
     config = demand.train
     if not is_open(config):
         return config, None
-    settings = {
-        "model": to_plain(demand.model),
-        "train": to_plain(config),
-        "precision": demand.precision,
-        "loss_kernel": demand.loss_kernel,
-        "four_bits": demand.four_bits,
-        "adapter": None if demand.adapter is None else dataclasses.asdict(demand.adapter),
-    }
-    if demand.adapter is not None:
-        settings["adapter"]["targets"] = sorted(demand.adapter.targets)
-    machine = {"gpu": gpu["name"], "memory_gib": gpu["memory_gib"], "gpus": demand.world_size}
-    asked = {"settings": settings, "machine": machine}
+    asked = {"settings": _decisive(demand), "machine": _machine(demand, gpu)}
     before = storage.read_json(folder / FILE) if keep and (folder / FILE).is_file() else None
     if before is not None and (before["asked"] == asked or (folder / "record.json").is_file()):
-        chosen = {name: before[name] for name in ("micro_batch", "recompute")}
-        return dataclasses.replace(config, **chosen), before
+        left_open = [n for n in ("micro_batch", "recompute") if getattr(config, n) == "auto"]
+        return dataclasses.replace(config, **{name: before[name] for name in left_open}), before
     found = choose(demand, gpu)
     fresh = {"micro_batch": found.micro_batch, "recompute": found.recompute, "asked": asked}
     return found, fresh
+
+
+def _decisive(demand: Demand) -> dict[str, Any]:
+    """Return the settings that memory or time depend on."""
+    train, adapter = demand.train, demand.adapter
+    return {
+        "model": to_plain(demand.model),
+        "tokens_per_batch": train.tokens_per_batch,
+        "lengths": sorted({phase.length for phase in train.contexts}),
+        "micro_batch": train.micro_batch,
+        "recompute": train.recompute,
+        "weights": train.weights,
+        "optimizer": train.optimizer.kind,
+        "precision": demand.precision,
+        "loss_kernel": demand.loss_kernel,
+        "compiled": demand.compiled,
+        "four_bits": demand.four_bits,
+        "adapter": None if adapter is None else [adapter.rank, sorted(adapter.targets)],
+    }
+
+
+def _machine(demand: Demand, gpu: GPUInfo) -> dict[str, Any]:
+    return {"gpu": gpu["name"], "memory_gib": gpu["memory_gib"], "gpus": demand.world_size}
 
 
 def note(folder: Path, chosen: dict[str, Any] | None) -> None:

@@ -26,12 +26,13 @@ UNKNOWN_LENGTH = ("tokens", "compute", "time", "cost")
 class StagePlan:
     """The plan of one stage; ``has_length`` is False while data that decides it is missing.
 
-    ``config`` are its settings with what is ``auto`` in them chosen.
+    ``config`` are its settings; ``is_chosen``: what was ``auto`` in them is chosen.
     """
 
     stage: str
     plan: planner.Plan
     config: TrainConfig
+    is_chosen: bool
     has_length: bool
 
 
@@ -49,7 +50,8 @@ def plan_stage(
     model = model or recipe.model
     gpu = detect_gpu_type()
     config = train_config(recipe, stage)
-    on_gpu = gpu["num_gpus"] > 0
+    # A large model is planned for the GPU that it needs, also where there is none.
+    on_gpu = gpu["num_gpus"] > 0 or model.num_parameters > 1e8
     counted = None if stage == "pretrain" else row_counts.count_rows(run, recipe, stage)
     demand = choosing.demand_of(
         recipe,
@@ -62,7 +64,7 @@ def plan_stage(
         scored_share=counted.scored_share if counted and on_gpu else 1.0,
     )
     settled, _ = choosing.settle(run.stage(stage), demand, gpu)
-    if rate is None and (on_gpu or model.num_parameters > 1e8):
+    if rate is None and on_gpu:
         peak = gpu["peak_bf16_tflops"] * 1e12 or planner.ASSUMED_PEAK_FLOPS
         rate = planner.Rate(assumed_mfu=planner.ASSUMED_MFU, peak_flops=peak)
     steps = num_steps(run, recipe, stage)
@@ -72,7 +74,13 @@ def plan_stage(
         rate=rate,
         price_per_gpu_hour=recipe.gpu_hour_price,
     )
-    return StagePlan(stage=stage, plan=plan, config=settled, has_length=steps is not None)
+    return StagePlan(
+        stage=stage,
+        plan=plan,
+        config=settled,
+        is_chosen=choosing.is_open(config),
+        has_length=steps is not None,
+    )
 
 
 def _precision(config: TrainConfig, gpu: GPUInfo) -> Precision:
@@ -86,17 +94,19 @@ def _precision(config: TrainConfig, gpu: GPUInfo) -> Precision:
 def print_plan(planned: StagePlan) -> None:
     """Print one stage's plan as a table."""
     rows = describe(planned.plan)
-    rows.insert(3, ("rows at once", _at_once(planned.config)))
+    rows.insert(3, ("rows at once", _at_once(planned)))
     if not planned.has_length:
         rows = [row for row in rows if row[0] not in UNKNOWN_LENGTH]
         rows.insert(1, ("tokens", "known once the data has been prepared"))
     console.print_table(f"plan of {planned.stage}", ["what", "needs"], rows)
 
 
-def _at_once(config: TrainConfig) -> str:
-    ways: dict[Any, str] = {False: "nothing", "cheap": "norms and products", True: "whole layers"}
+def _at_once(planned: StagePlan) -> str:
+    config = planned.config
+    again: dict[Any, str] = {False: "nothing", "cheap": "norms and products", True: "whole layers"}
     rows = f"{config.micro_batch} of {config.longest_context} tokens"
-    return f"{rows}, computing again {ways[config.recompute]}"
+    chosen = " (chosen)" if planned.is_chosen else ""
+    return f"{rows}; recomputed: {again[config.recompute]}{chosen}"
 
 
 def describe(plan: planner.Plan) -> list[tuple[str, str]]:

@@ -114,6 +114,7 @@ def test_a_stage_keeps_its_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     # What is finished stays as it is, on any machine.
     storage.write_json(tmp_path / "record.json", {})
     assert settled(tmp_path, asked, H200).micro_batch == 1
+    assert settled(tmp_path, opened(asked, recompute=True), H200).recompute is True
 
 
 def _kept(folder: Path) -> dict[str, Any]:
