@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sevenfold.data.packing import PackedPreferences, Preference
-from sevenfold.model import float8, float8_linear
+from sevenfold.model import accumulating, float8, float8_linear
 from sevenfold.model.attention import IMPLEMENTATION, register_attention
 from sevenfold.model.config import InitConfig, ModelConfig
 from sevenfold.model.float8 import convert_to_float8, why_not_float8
@@ -253,9 +253,12 @@ def test_the_7bs_layers_need_what_the_planner_counts(precision: Any) -> None:
     model = initialize(config, INIT, 0, torch.bfloat16, "cuda")
     if precision == "fp8":
         convert_to_float8(model)
+    else:
+        accumulating.accumulate_in_products(model)
     for layer in model.model.layers:
         layer.compile()
     ids_bt = torch.randint(0, 1024, (2, 2048), device="cuda")
+    accumulating.begin_step(model)
     for _ in range(2):
         # The gradients of the first round stay, as they do over the micro-batches of a step.
         torch.cuda.reset_peak_memory_stats()
