@@ -49,23 +49,29 @@ def update(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> tuple[Tensor, float]:
-    """Return the global norm of all gradients: [], sharded where they are, and as a number."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if any(hasattr(gradient, "full_tensor") for gradient in gradients):
-        norm = nn.utils.get_total_norm(gradients, foreach=True)
-    else:
-        # In fp32: of bf16 gradients PyTorch's own would be a bf16 number, with three digits.
-        norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float32)
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-    return norm, float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    """Return the global norm of all gradients, in fp32: [], and as a number.
+
+    PyTorch's own norm of bf16 gradients is a bf16 number, with three digits.
+    """
+    gradients: list[Any] = [p.grad for p in parameters if p.grad is not None]
+    sharded = [each for each in gradients if hasattr(each, "to_local")]
+    parts = [each.to_local() if hasattr(each, "to_local") else each for each in gradients]
+    parts = [part for part in parts if part.numel()] or [gradients[0].new_zeros(1)]
+    norms = torch._foreach_norm(parts, 2.0, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    if sharded:
+        # All gradients are sharded alike; copies on other nodes hold the same.
+        squared = norm.square()
+        torch.distributed.all_reduce(squared, group=sharded[0].device_mesh.get_group("shards"))
+        norm = squared.sqrt()
+    return norm, float(norm)
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, clip_norm: float, norm: Tensor) -> None:
     """Scale gradients, whose global norm is ``norm``, down to ``clip_norm``."""
     if isinstance(optimizer, AdamW8bit):
-        whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         # As PyTorch computes it; applied in fp32 and without a pass over the gradients of its own.
-        optimizer.scale_gradients((clip_norm / (whole + 1e-6)).clamp(max=1.0))
+        optimizer.scale_gradients((clip_norm / (norm + 1e-6)).clamp(max=1.0))
     else:
         nn.utils.clip_grads_with_norm_(parameters(optimizer), clip_norm, norm, foreach=True)
 

@@ -64,21 +64,24 @@ def make_optimizer(model: nn.Module, kind: Any) -> torch.optim.Optimizer:
 
 def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, rows: Tensor, processes: parallel.Processes
-) -> list[float]:
-    """Train as the loop does; return the losses of the steps."""
-    losses, parameters = [], list(model.parameters())
+) -> dict[str, list[float]]:
+    """Train as the loop does; return the losses, and how far the gradients' norms are off."""
+    losses, off, parameters = [], [], list(model.parameters())
     for _ in range(STEPS):
         total = 0.0
         for row in parallel.exchanging_once(model, rows):
             loss = model(row)
             (loss * processes.world / 1000).backward()
             total += float(loss.detach())
-        norm, _ = optimizers.gradient_norm(parameters)
+        norm, number = optimizers.gradient_norm(parameters)
+        whole = [getattr(p.grad, "full_tensor", lambda found=p.grad: found)() for p in parameters]
+        exact = torch.cat([gradient.double().flatten() for gradient in whole]).norm()
+        off.append(abs(number / float(exact) - 1))
         optimizers.clip_gradients(optimizer, 1.0, norm)
         optimizers.update(optimizer, model)
         optimizer.zero_grad(set_to_none=True)
         losses += processes.sum([total])
-    return losses
+    return {"losses": losses, "off": off}
 
 
 def compare(
@@ -111,7 +114,7 @@ def compare(
     expected = train(whole, make_optimizer(whole, kind), rows, alone)
     optimizer = make_optimizer(sharded, kind)
     EXCHANGES.clear()
-    losses = train(sharded, optimizer, own, processes)
+    found = train(sharded, optimizer, own, processes)
     num_exchanges = len(EXCHANGES)
     parts: list[Any] = [None] * processes.world
     local = {name: adamw_8bit._local(p) for name, p in sharded.named_parameters()}
@@ -131,7 +134,7 @@ def compare(
     torch.manual_seed(1)
     other_on = train(later, other, own, processes)
     return {
-        "losses": [expected, losses],
+        **{name: [expected[name], found[name]] for name in expected},
         "weights": [
             float((gathered[0][name] - value).abs().max())
             for name, value in whole.state_dict().items()

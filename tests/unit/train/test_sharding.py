@@ -60,6 +60,12 @@ def test_training_comes_to_what_one_process_comes_to(found: dict[str, Any], way:
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_norms_of_sharded_gradients_are_exact(found: dict[str, Any], way: str) -> None:
+    """Also those of bf16 gradients, of which PyTorch's own norm has three digits."""
+    assert max(max(off) for off in of(found, way)["off"]) < 1e-6
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_every_node_holds_the_same_copy(found: dict[str, Any], way: str) -> None:
     """Also where weights are rounded by chance: what a checkpoint takes is one copy."""
     first, second, *others = of(found, way)["parts"]
