@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import logging
 import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,6 +23,7 @@ from sevenfold.model import float8
 from sevenfold.train import optimizer as optimizers
 from sevenfold.train.config import TrainConfig
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 # How long processes wait for each other without a word. The first step of a compiled model can take
 # minutes; how long at the 7B has not been measured.
@@ -162,6 +164,11 @@ def shard(
     # Asked for one layer ahead, so that a late process does not leave the GPU without weights.
     for module, following in itertools.pairwise([root, *sharded]):
         module.set_modules_to_forward_prefetch([following])
+    if processes.is_main:
+        kept = "stay gathered" if keep_whole else "are gathered again for the backward pass"
+        log.info(
+            "%d processes, copies of the model: %d; layers %s", processes.world, num_copies, kept
+        )
     if empty:
         _fill(scorer, whole, processes)
     float8.scale_sharded_weights(scorer)
