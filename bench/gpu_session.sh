@@ -43,6 +43,15 @@ tests() {
     measure "$limit_s" "$python" -m pytest -q -o filterwarnings= --durations=5 "$@" >&2
 }
 
+# One process a GPU. torchrun's would live on, and keep their GPUs, when a part that is out of time
+# is killed.
+# shellcheck disable=SC2016
+each_gpu='
+    count=$(nvidia-smi --list-gpus | wc -l) code=0
+    export WORLD_SIZE=$count LOCAL_WORLD_SIZE=$count MASTER_ADDR=127.0.0.1 MASTER_PORT=29511
+    for ((rank = 0; rank < count; rank++)); do RANK=$rank LOCAL_RANK=$rank "$@" & done
+    for job in $(jobs -p); do wait "$job" || code=$?; done
+    exit "$code"'
 preset=(--preset 7b)
 lengths=(--length 512 --length 1024 --length 2048)
 bf16=(--set pretrain.precision=bf16 --set pretrain.compile=default)
@@ -104,9 +113,9 @@ part() {
             [ $precision = bf16 ] || flags=(--fp8)
             bench 250 pretrain "${preset[@]}" --steps 5 --length 2048 "${like[@]}" \
                 --set pretrain.compile=default --set pretrain.precision=$precision
-            OURS=$lines measure 250 "$python" -m torch.distributed.run --standalone \
-                --nproc-per-node gpu bench/peers/torchtitan_peer.py pretrain "${preset[@]}" \
-                --steps 5 "${rows[@]}" --micro-batch 8 "${flags[@]}"
+            OURS=$lines measure 250 bash -c "$each_gpu" each_gpu "$python" \
+                bench/peers/torchtitan_peer.py pretrain "${preset[@]}" --steps 5 "${rows[@]}" \
+                --micro-batch 8 "${flags[@]}"
         done
         ;;
     *)
