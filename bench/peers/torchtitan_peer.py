@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,7 @@ def job(asked: beside.Asked) -> Any:
         f"--training.steps={beside.WARM_UP + asked.options.steps}",
         # Its log resets the peak of memory; the first step's is the only one.
         "--metrics.log_freq=1000000",
+        f"--job.dump_folder={tempfile.mkdtemp()}",
         "--compile.enable",
         f"--activation_checkpoint.mode={'full' if asked.options.recompute else 'none'}",
     ]
