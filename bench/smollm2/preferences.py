@@ -3,7 +3,7 @@
     python bench/smollm2/preferences.py DATA > preferences.jsonl
 
 Unsafe requests are those of Do-Not-Answer and HarmBench below DATA; refused is chosen, complied is
-rejected. Look-alikes were written for this (lookalikes.jsonl), and 400 rows of Dolly stand for
+rejected. Look-alikes were written for this (lookalikes.jsonl), and 500 rows of Dolly stand for
 ordinary questions: their answers are chosen, refusals rejected. No prompt of XSTest, which judges,
 is read here, and step 08 leaves out what holds one.
 """
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SEED = 7
-NUM_ORDINARY = 400
+NUM_ORDINARY = 500
 # Each look-alike stands with this many different refusals to be rejected.
 REPEATS = 4
 REFUSALS = (
