@@ -130,7 +130,7 @@ MUTATIONS = (
         f"{TRAIN}/loop.py",
         "    stop.agreed = stops > 0\n",
         "    stop.agreed = asked > 0\n",
-        ("tests/unit/train/test_parallel.py", "-k", "what_happens_to_one"),
+        ("tests/unit/train/test_parallel.py", "-k", "a_signal_to_one"),
     ),
     Mutation(
         "K07",
