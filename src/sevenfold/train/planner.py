@@ -39,9 +39,14 @@ from sevenfold.train.memory import GIB, Adapter, Demand, LossKernel, MemoryPlan,
 CPU_FLOPS = 0.1e12
 LONGEST_CPU_RUN_S = 30 * 86_400
 USABLE_FRACTION = 0.97
-# Where no rate has been measured, this share of an H100's dense BF16 peak is assumed; the table
-# says so. Half of it is what a careful BF16 run reaches with optimizer and accumulation included.
-ASSUMED_MFU = 0.5
+# Where no rate has been measured, the share of a GPU's dense BF16 peak that training at least 4096
+# wide has reached on an H100, optimizer and accumulation included (docs/performance.md); fp32 is a
+# guess, nobody trains the 7B in it. The 124 M of preset small, 768 wide, reached 0.28.
+REACHED: dict[str, float] = {"bf16": 0.58, "fp8": 0.85, "fp8_torchao": 0.75, "fp32": 0.25}
+WIDE, NARROWING = 4096, 0.435
+# Of full training's work, what an adapter on frozen weights leaves: no gradients of the weights,
+# two products of three, and its own (measured at the 7B, bf16 and fp8).
+ADAPTER_WORK = 0.73
 ASSUMED_PEAK_FLOPS = 989e12
 
 
@@ -141,7 +146,7 @@ def plan_of(
     model, train, world_size = demand.model, demand.train, demand.world_size
     memory = tuple(map(demand.memory, sorted({phase.length for phase in train.contexts})))
     tokens = num_steps * train.tokens_per_batch
-    flops = _total_flops(model, train, tokens)
+    flops = _total_flops(model, train, tokens) * (ADAPTER_WORK if demand.adapter else 1)
     tokens_per_s, source = _tokens_per_s(rate, flops / tokens)
     elapsed_s = tokens / tokens_per_s / world_size if tokens_per_s else None
     gpu_hours = elapsed_s and elapsed_s * world_size / 3600
@@ -172,6 +177,12 @@ def _total_flops(model: ModelConfig, train: TrainConfig, tokens: int) -> float:
         flops += (phase.until - start) * tokens * model.flops_per_token(phase.length)
         start = phase.until
     return flops
+
+
+def assumed_mfu(demand: Demand) -> float:
+    """Return the share of the dense BF16 peak that a stage may be expected to reach."""
+    narrow: float = min(1.0, demand.model.hidden_size / WIDE) ** NARROWING
+    return REACHED[demand.precision] * narrow
 
 
 def _tokens_per_s(rate: Rate | None, flops_per_token: float) -> tuple[float | None, str]:

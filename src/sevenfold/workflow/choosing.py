@@ -17,7 +17,7 @@ from sevenfold.model.config import ModelConfig, describe_folder
 from sevenfold.train import parallel
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.memory import Adapter, Demand, Precision
-from sevenfold.train.planner import ASSUMED_MFU, ASSUMED_PEAK_FLOPS
+from sevenfold.train.planner import ASSUMED_PEAK_FLOPS, assumed_mfu
 from sevenfold.workflow.recipe import Recipe
 
 FILE = "chosen.json"
@@ -126,7 +126,7 @@ def seconds_per_token(demand: Demand, config: TrainConfig, gpu: GPUInfo) -> floa
     model = demand.model
     flops = model.flops_per_token(config.longest_context)
     peak = gpu["peak_bf16_tflops"] * 1e12 or ASSUMED_PEAK_FLOPS
-    products_s = flops / peak / ASSUMED_MFU * (1 + EXTRA_TIME[config.recompute])
+    products_s = flops / peak / assumed_mfu(demand) * (1 + EXTRA_TIME[config.recompute])
     gradients = model.num_parameters if demand.adapter is None else demand.adapter.num_parameters
     moved = 2 * demand.compute_bytes * (model.num_parameters + gradients)
     return products_s + moved / BANDWIDTH / (config.rows_at_once * config.longest_context)

@@ -66,7 +66,7 @@ def plan_stage(
     settled, _ = choosing.settle(run.stage(stage), demand, gpu)
     if rate is None and on_gpu:
         peak = gpu["peak_bf16_tflops"] * 1e12 or planner.ASSUMED_PEAK_FLOPS
-        rate = planner.Rate(assumed_mfu=planner.ASSUMED_MFU, peak_flops=peak)
+        rate = planner.Rate(assumed_mfu=planner.assumed_mfu(demand), peak_flops=peak)
     steps = num_steps(run, recipe, stage)
     plan = planner.plan_of(
         dataclasses.replace(demand, train=settled),

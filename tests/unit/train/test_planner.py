@@ -18,8 +18,8 @@ from sevenfold.train.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from sevenfold.train.memory import Adapter
-from sevenfold.train.planner import Plan, Rate, plan, require_room
+from sevenfold.train.memory import Adapter, Demand
+from sevenfold.train.planner import Plan, Rate, assumed_mfu, plan, plan_of, require_room
 from sevenfold.workflow.planning import describe
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -191,6 +191,36 @@ def test_an_assumption_is_called_one() -> None:
     found = big_plan(rate=Rate(assumed_mfu=0.5, peak_flops=989e12))
     assert found.tokens_per_s_per_gpu == pytest.approx(0.5 * 22_114, rel=0.001)
     assert "assumed: 50% of 989 TFLOP/s" in dict(describe(found))["rate"]
+
+
+@pytest.mark.parametrize(
+    ("model", "precision", "adapter", "measured"),
+    [
+        (BIG, "bf16", None, 12_862),
+        (BIG, "fp8", None, 18_969),
+        (BIG, "fp8_torchao", None, 16_771),
+        (BIG, "bf16", Adapter(num_parameters=41_943_040, rank=16), 17_980),
+        (BIG, "fp8", Adapter(num_parameters=41_943_040, rank=16), 25_234),
+        (SMALL, "bf16", None, 323_600),
+    ],
+)
+def test_what_is_assumed_is_near_what_was_measured(
+    model: Any, precision: Any, adapter: Adapter | None, measured: float
+) -> None:
+    """Tokens a second and GPU, at 2048 tokens; docs/performance.md says of which GPUs."""
+    demand = Demand(
+        model=model,
+        train=TRAIN,
+        precision=precision,
+        world_size=1,
+        loss_kernel="chunked",
+        compiled=True,
+        adapter=adapter,
+        four_bits=False,
+    )
+    rate = Rate(assumed_mfu=assumed_mfu(demand), peak_flops=989e12)
+    found = plan_of(demand, num_steps=100, rate=rate)
+    assert found.tokens_per_s_per_gpu == pytest.approx(measured, rel=0.04)
 
 
 def test_without_a_rate_there_is_no_time() -> None:
