@@ -159,7 +159,8 @@ def keep_compiled_code() -> None:
     Left to itself it takes the folder for temporary files, which a restart empties and in which
     others may write. Call it before torch's compiler is imported, which chooses then.
     """
-    with contextlib.suppress(RuntimeError):  # of a user who has no home
+    # Of a user who has no home, or whose home is another's: torch chooses.
+    with contextlib.suppress(RuntimeError, OSError):
         home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         folder = home / "sevenfold" / "inductor"
         nearest = next(path for path in (folder, *folder.parents) if path.exists())

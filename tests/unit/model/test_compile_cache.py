@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,5 +52,23 @@ def test_where_nothing_can_be_written_torch_chooses(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/self/none")
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith("/proc"))
+    keep_compiled_code()
+    assert VARIABLE not in os.environ
+
+
+def test_where_the_home_is_closed_torch_chooses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container that runs as another user than the one whose home it names."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(VARIABLE, raising=False)
+    reach = Path.stat
+
+    def refuse(path: Path, **how: Any) -> os.stat_result:
+        if path.is_relative_to(tmp_path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return reach(path, **how)
+
+    monkeypatch.setattr(Path, "stat", refuse)
     keep_compiled_code()
     assert VARIABLE not in os.environ
