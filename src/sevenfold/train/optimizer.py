@@ -56,13 +56,15 @@ def gradient_norm(parameters: Iterable[Tensor]) -> tuple[Tensor, float]:
     gradients: list[Any] = [p.grad for p in parameters if p.grad is not None]
     sharded = [each for each in gradients if hasattr(each, "to_local")]
     parts = [each.to_local() if hasattr(each, "to_local") else each for each in gradients]
-    parts = [part for part in parts if part.numel()] or [gradients[0].new_zeros(1)]
+    parts = [part for part in parts if part.numel()] or [parts[0].new_zeros(1)]
     norms = torch._foreach_norm(parts, 2.0, dtype=torch.float32)
     norm = torch.linalg.vector_norm(torch.stack(norms))
     if sharded:
-        # All gradients are sharded alike; copies on other nodes hold the same.
-        squared = norm.square()
-        torch.distributed.all_reduce(squared, group=sharded[0].device_mesh.get_group("shards"))
+        # All gradients are sharded alike. Copies hold the same, but are summed up together: sums of
+        # their own could differ in a last bit, and a step be skipped on one node and not on another.
+        mesh = sharded[0].device_mesh
+        squared = norm.square() * mesh["shards"].size() / mesh.size()
+        torch.distributed.all_reduce(squared)
         norm = squared.sqrt()
     return norm, float(norm)
 

@@ -65,8 +65,8 @@ def make_optimizer(model: nn.Module, kind: Any) -> torch.optim.Optimizer:
 def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, rows: Tensor, processes: parallel.Processes
 ) -> dict[str, list[float]]:
-    """Train as the loop does; return the losses, and how far the gradients' norms are off."""
-    losses, off, parameters = [], [], list(model.parameters())
+    """Train as the loop does; return losses, gradients' norms and how far these are off."""
+    losses, off, norms, parameters = [], [], [], list(model.parameters())
     for _ in range(STEPS):
         total = 0.0
         for row in parallel.exchanging_once(model, rows):
@@ -77,11 +77,12 @@ def train(
         whole = [getattr(p.grad, "full_tensor", lambda found=p.grad: found)() for p in parameters]
         exact = torch.cat([gradient.double().flatten() for gradient in whole]).norm()
         off.append(abs(number / float(exact) - 1))
+        norms.append(number)
         optimizers.clip_gradients(optimizer, 1.0, norm)
         optimizers.update(optimizer, model)
         optimizer.zero_grad(set_to_none=True)
         losses += processes.sum([total])
-    return {"losses": losses, "off": off}
+    return {"losses": losses, "off": off, "norms": norms}
 
 
 def compare(
@@ -116,6 +117,7 @@ def compare(
     EXCHANGES.clear()
     found = train(sharded, optimizer, own, processes)
     num_exchanges = len(EXCHANGES)
+    differing = processes.first_difference({"norms": repr(found["norms"])})
     parts: list[Any] = [None] * processes.world
     local = {name: adamw_8bit._local(p) for name, p in sharded.named_parameters()}
     dist.all_gather_object(parts, checkpoint.digest(local))
@@ -143,6 +145,7 @@ def compare(
         "same_moments": all(torch.equal(again[name], moments[name]) for name in moments),
         "later": [on, other_on],
         "num_exchanges": num_exchanges,
+        "differing": differing,
     }
 
 
@@ -185,17 +188,33 @@ def fill(processes: parallel.Processes, *, in_fp8: bool) -> dict[str, Any]:
     }
 
 
+def norm_of_one_row(processes: parallel.Processes) -> list[float]:
+    """Return the norm of a gradient that lies in the first process alone, and what it should be."""
+    model = nn.Linear(4, 1, bias=False)
+    parallel.shard(model, [], processes, bf16=False)
+    model(torch.full((1, 4), 3.0)).sum().backward()
+    _, number = optimizers.gradient_norm(model.parameters())
+    return [number, 6.0]
+
+
 EXCHANGES: list[int] = []
 
 
 def count_exchanges() -> None:
-    """Note the sizes of what is summed over processes, but for single numbers."""
+    """Note the sizes of what is summed over processes, but for single numbers.
+
+    Those are rounded otherwise in every group of processes, as by GPUs that sum in other orders.
+    """
     inner = dist.all_reduce
 
     def counted(tensor: Tensor, *arguments: Any, **named: Any) -> Any:
         if tensor.numel() > 100:
             EXCHANGES.append(tensor.numel())
-        return inner(tensor, *arguments, **named)
+        done = inner(tensor, *arguments, **named)
+        if tensor.numel() == 1:
+            group = named.get("group") or dist.group.WORLD
+            tensor *= 1 + 2**-22 * min(dist.get_process_group_ranks(group))
+        return done
 
     dist.all_reduce = counted
 
@@ -210,6 +229,7 @@ def run(target: Path) -> None:
         "copies": compare(processes, num_copies=copies),
     }
     found["filled"] = fill(processes, in_fp8=False)
+    found["norm of one row"] = norm_of_one_row(processes)
     if "torchao" in sys.argv:
         found["filled in fp8"] = fill(processes, in_fp8=True)
         in_8_bits: dict[str, Any] = {"num_copies": copies, "in_fp8": True, "kind": "adamw_8bit"}

@@ -66,6 +66,17 @@ def test_norms_of_sharded_gradients_are_exact(found: dict[str, Any], way: str) -
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_all_judge_a_step_by_the_same_norm(found: dict[str, Any], way: str) -> None:
+    """To the last bit, or some would skip a step that others apply."""
+    assert of(found, way)["differing"] is None
+
+
+def test_a_process_without_a_share_knows_the_norm(found: dict[str, Any]) -> None:
+    number, expected = found["norm of one row"]
+    assert number == expected
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_every_node_holds_the_same_copy(found: dict[str, Any], way: str) -> None:
     """Also where weights are rounded by chance: what a checkpoint takes is one copy."""
     first, second, *others = of(found, way)["parts"]
