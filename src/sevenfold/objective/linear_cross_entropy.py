@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 IGNORED = -100
@@ -71,6 +72,7 @@ class _KeptLogits(torch.autograd.Function):
         return scores_n
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient_n: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         hidden_nh, weight_vh, targets_n, logits_nv, log_sums_n = ctx.saved_tensors
         _compiled(_turn_into_gradient)(logits_nv, log_sums_n, targets_n, gradient_n)

@@ -237,6 +237,26 @@ def test_kept_logits_under_autocast_give_gradients_in_the_weights_own_precision(
         assert torch.allclose(plain, kept, rtol=1e-2, atol=1e-2)
 
 
+def test_kept_logits_serve_one_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are gone after it: a second one, or gradients of gradients, would be wrong."""
+    from sevenfold.objective import linear_cross_entropy as module
+
+    monkeypatch.setattr(module, "_compiled", lambda function: function)
+    hidden = torch.randn(20, 8, requires_grad=True)
+    weight, targets = torch.randn(VOCAB, 8, requires_grad=True), torch.arange(20)
+
+    def score() -> torch.Tensor:
+        return negative_log_likelihood(hidden, weight, targets, kernel="chunked").sum()
+
+    total = score()
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+    (gradient,) = torch.autograd.grad(score().square(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
 PREFERENCES = [
     Preference([1, 2, 3], [4, 5], [6, 7, 8]),
     Preference([9, 2], [4], [5, 5]),
