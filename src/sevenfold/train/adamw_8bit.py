@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sevenfold.model import float8
+
 BLOCK = 256
 SMALLEST = 4096  # values; below it 8 bits save nothing
 SMALLEST_SCALE = 1e-12
@@ -155,10 +157,8 @@ def _zero_scales(parameter: Tensor) -> Tensor:
 
 def _local(tensor: Any) -> Tensor:
     """Return this process's part of a tensor."""
-    part: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     # What torchao gathers in FP8 is wrapped, and compiled code is to see plain tensors.
-    plain: Tensor = getattr(part, "_tensor", part)
-    return plain
+    return float8.plain(tensor.to_local() if hasattr(tensor, "to_local") else tensor)
 
 
 def _seeds(parameters: list[Tensor]) -> dict[Tensor, Tensor]:

@@ -60,8 +60,8 @@ def gradient_norm(parameters: Iterable[Tensor]) -> tuple[Tensor, float]:
     norms = torch._foreach_norm(parts, 2.0, dtype=torch.float32)
     norm = torch.linalg.vector_norm(torch.stack(norms))
     if sharded:
-        # All gradients are sharded alike. Copies hold the same, but are summed up together: sums of
-        # their own could differ in a last bit, and a step be skipped on one node and not on another.
+        # All gradients are sharded alike. Copies hold the same, but are summed up together: sums
+        # of their own may differ in a last bit, and one node would skip a step, another apply it.
         mesh = sharded[0].device_mesh
         squared = norm.square() * mesh["shards"].size() / mesh.size()
         torch.distributed.all_reduce(squared)
