@@ -160,18 +160,22 @@ def sharding(
     if processes.world == 1:
         return 1, False
     room_gib = WHOLE_WEIGHTS_FRACTION * detect_gpu_type()["memory_gib"]
-    per_node, peak_gib = processes.per_node, functools.partial(_peak_gib, scorer, config)
+    per_node, peak_gib = processes.per_node, functools.partial(_peak_gib, scorer, config, processes)
     same = processes.sum([float(per_node)]) == [float(per_node * processes.world)]
     nodes = processes.world // per_node if same and per_node > 1 else 1
-    copies = nodes if processes.agree(peak_gib(processes.world // nodes) <= room_gib) else 1
+    copies = nodes if processes.agree(peak_gib(nodes) <= room_gib) else 1
     model = from_hf(scorer.causal_model.config)
     weight_bytes = {"fp32": 4, "bf16": 2, "fp8_torchao": 1}[config.precision]
     whole_gib = model.num_layers * model.num_layer_matmul_parameters * weight_bytes / memory.GIB
-    return copies, processes.agree(peak_gib(processes.world // copies) + whole_gib <= room_gib)
+    return copies, processes.agree(peak_gib(copies) + whole_gib <= room_gib)
 
 
-def _peak_gib(scorer: Scorer, config: TrainConfig, num_shards: int) -> float:
-    trained = [parameter.requires_grad for parameter in scorer.parameters()]
+def _peak_gib(
+    scorer: Scorer, config: TrainConfig, processes: parallel.Processes, copies: int
+) -> float:
+    trained = [p for p in scorer.parameters() if p.requires_grad]
+    trains_all = len(trained) == len(list(scorer.parameters()))
+    num_shards = processes.world // copies
     planned = planner.plan(
         from_hf(scorer.causal_model.config),
         config,
@@ -180,11 +184,13 @@ def _peak_gib(scorer: Scorer, config: TrainConfig, num_shards: int) -> float:
         world_size=num_shards,
         loss_kernel=scorer.kernel,  # type: ignore[arg-type]
         compiled=config.compile != "none",
-        num_trainable_parameters=None
-        if all(trained)
-        else sum(p.numel() for p in scorer.parameters() if p.requires_grad),
+        num_trainable_parameters=None if trains_all else sum(p.numel() for p in trained),
     )
-    return planned.peak_gib
+    if copies == 1 or not trains_all:
+        return planned.peak_gib
+    # FSDP2 keeps sums of gradients in fp32, as an adapter's are, until they pass between copies.
+    more_bytes = (4 - memory.BYTES[config.weights]) * planned.num_parameters / num_shards
+    return planned.peak_gib + more_bytes / memory.GIB
 
 
 def _is_all_bf16(scorer: Scorer, config: TrainConfig) -> bool:
