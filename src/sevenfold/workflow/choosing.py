@@ -17,14 +17,15 @@ from sevenfold.model.config import ModelConfig, describe_folder
 from sevenfold.train import parallel
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.memory import Adapter, Demand, Precision
-from sevenfold.train.planner import ASSUMED_PEAK_FLOPS, assumed_mfu
+from sevenfold.train.planner import ASSUMED_PEAK_FLOPS, assumed_mfu, machine_memory_gib
 from sevenfold.workflow.recipe import Recipe
 
 FILE = "chosen.json"
 # Of a GPU's memory, what may be planned to be taken: plans are up to 3 % off, and a little more is
 # lost between blocks of memory.
 PLANNED_SHARE = 0.95
-# Where there is no GPU, the plan is for an H100 or A100 of 80 GB.
+# Where there is no GPU, a model larger than this is planned for an H100 or A100 of 80 GB.
+LARGEST_ON_CPU = 1e8
 USUAL_MEMORY_GIB = 79.1
 # Bytes a second that an H100 moves in a large copy (measured).
 BANDWIDTH = 3.0e12
@@ -81,7 +82,7 @@ def choose(demand: Demand, gpu: GPUInfo) -> TrainConfig:
 
     Where nothing fits, those that need least, which are then refused with the numbers.
     """
-    room_gib = (gpu["memory_gib"] or USUAL_MEMORY_GIB) * PLANNED_SHARE
+    room_gib = _memory_gib(demand.model, gpu) * PLANNED_SHARE
     plans = [
         (peak_gib(dataclasses.replace(demand, train=config)), config)
         for config in candidates(demand)
@@ -90,6 +91,17 @@ def choose(demand: Demand, gpu: GPUInfo) -> TrainConfig:
     if not fitting:
         return min(plans, key=lambda each: each[0])[1]
     return min(fitting, key=lambda each: seconds_per_token(demand, each[1], gpu))[1]
+
+
+def is_for_gpu(model: ModelConfig, gpu: GPUInfo) -> bool:
+    """True unless training is for this machine's CPU: a large model is planned for a GPU."""
+    return gpu["num_gpus"] > 0 or model.num_parameters > LARGEST_ON_CPU
+
+
+def _memory_gib(model: ModelConfig, gpu: GPUInfo) -> float:
+    if gpu["num_gpus"]:
+        return gpu["memory_gib"]
+    return USUAL_MEMORY_GIB if is_for_gpu(model, gpu) else machine_memory_gib()
 
 
 def candidates(demand: Demand) -> list[TrainConfig]:

@@ -26,13 +26,15 @@ UNKNOWN_LENGTH = ("tokens", "compute", "time", "cost")
 class StagePlan:
     """The plan of one stage; ``has_length`` is False while data that decides it is missing.
 
-    ``config`` are its settings; ``is_chosen``: what was ``auto`` in them is chosen.
+    ``config`` are its settings, with what was ``auto`` in ``asked`` chosen; ``where`` says for
+    which machine.
     """
 
     stage: str
     plan: planner.Plan
+    asked: TrainConfig
     config: TrainConfig
-    is_chosen: bool
+    where: str
     has_length: bool
 
 
@@ -50,8 +52,7 @@ def plan_stage(
     model = model or recipe.model
     gpu = detect_gpu_type()
     config = train_config(recipe, stage)
-    # A large model is planned for the GPU that it needs, also where there is none.
-    on_gpu = gpu["num_gpus"] > 0 or model.num_parameters > 1e8
+    on_gpu = choosing.is_for_gpu(model, gpu)
     counted = None if stage == "pretrain" else row_counts.count_rows(run, recipe, stage)
     demand = choosing.demand_of(
         recipe,
@@ -61,15 +62,16 @@ def plan_stage(
         world_size=max(1, gpu["num_gpus"]),
         on_gpu=on_gpu,
         model=model,
-        scored_share=counted.scored_share if counted and on_gpu else 1.0,
     )
     settled, _ = choosing.settle(run.stage(stage), demand, gpu)
+    # The stage chooses before it looks at its rows, so what carries loss is no part of the choice.
+    scored_share = counted.scored_share if counted and on_gpu else 1.0
     if rate is None and on_gpu:
         peak = gpu["peak_bf16_tflops"] * 1e12 or planner.ASSUMED_PEAK_FLOPS
         rate = planner.Rate(assumed_mfu=planner.assumed_mfu(demand), peak_flops=peak)
     steps = num_steps(run, recipe, stage)
     plan = planner.plan_of(
-        dataclasses.replace(demand, train=settled),
+        dataclasses.replace(demand, train=settled, scored_share=scored_share),
         num_steps=steps or 1,
         rate=rate,
         price_per_gpu_hour=recipe.gpu_hour_price,
@@ -77,8 +79,9 @@ def plan_stage(
     return StagePlan(
         stage=stage,
         plan=plan,
+        asked=config,
         config=settled,
-        is_chosen=choosing.is_open(config),
+        where=f"{demand.precision}, {_machine(gpu, on_gpu)}",
         has_length=steps is not None,
     )
 
@@ -91,10 +94,17 @@ def _precision(config: TrainConfig, gpu: GPUInfo) -> Precision:
     return "fp8_torchao" if precision == "fp8" and gpu["num_gpus"] > 1 else precision
 
 
+def _machine(gpu: GPUInfo, on_gpu: bool) -> str:
+    if gpu["num_gpus"]:
+        return f"{gpu['num_gpus']} x {gpu['name']}"
+    return "one GPU of 80 GB (here is none)" if on_gpu else "this machine's CPU"
+
+
 def print_plan(planned: StagePlan) -> None:
     """Print one stage's plan as a table."""
     rows = describe(planned.plan)
-    rows.insert(3, ("rows at once", _at_once(planned)))
+    rows.insert(1, ("planned for", planned.where))
+    rows.insert(4, ("rows at once", _at_once(planned)))
     if not planned.has_length:
         rows = [row for row in rows if row[0] not in UNKNOWN_LENGTH]
         rows.insert(1, ("tokens", "known once the data has been prepared"))
@@ -102,20 +112,25 @@ def print_plan(planned: StagePlan) -> None:
 
 
 def _at_once(planned: StagePlan) -> str:
-    config = planned.config
+    asked, config = planned.asked, planned.config
     again: dict[Any, str] = {False: "nothing", "cheap": "norms and products", True: "whole layers"}
-    rows = f"{config.micro_batch} of {config.longest_context} tokens"
-    chosen = " (chosen)" if planned.is_chosen else ""
-    return f"{rows}; recomputed: {again[config.recompute]}{chosen}"
+    rows, recomputed = (
+        " (chosen)" if each == "auto" else "" for each in (asked.micro_batch, asked.recompute)
+    )
+    return (
+        f"{config.micro_batch}{rows} of {config.longest_context} tokens; recomputed: "
+        f"{again[config.recompute]}{recomputed}"
+    )
 
 
 def describe(plan: planner.Plan) -> list[tuple[str, str]]:
     """Return the plan as rows of a table: what, and how much."""
     worst = max(plan.memory, key=lambda part: part.peak_gib)
+    each = f" on each of {plan.world_size} GPUs" if plan.world_size > 1 else ""
     rows = [
         ("parameters", f"{plan.num_parameters / 1e6:,.2f} M"),
         ("tokens", f"{plan.tokens:,} in {plan.num_steps:,} steps"),
-        ("micro-batches a step", f"{plan.micro_batches_per_step} on each of {plan.world_size}"),
+        ("micro-batches a step", f"{plan.micro_batches_per_step}{each}"),
         ("compute", f"{plan.flops:.3g} FLOP"),
         ("memory: weights", f"{worst.weights_gib:.2f} GiB"),
         ("memory: gradients", f"{worst.gradients_gib:.2f} GiB"),
@@ -192,7 +207,11 @@ def _rehearse(recipe: Recipe, planned: StagePlan) -> None:
     from sevenfold.workflow.rehearsal import rehearse
 
     stage = planned.stage
-    config = choosing.for_trial(recipe, stage, decide(train_config(recipe, stage)))
+    config = dataclasses.replace(
+        decide(planned.asked),
+        micro_batch=planned.config.micro_batch,
+        recompute=planned.config.recompute,
+    )
     predicted = {part.seq_len: part.peak_gib for part in planned.plan.memory}
     rows = [
         [int(row["seq_len"]), predicted.get(int(row["seq_len"])), row["peak_gib"], row["tok_s"]]

@@ -85,6 +85,22 @@ def test_what_does_not_fit_at_all_is_left_to_be_refused_at_its_smallest() -> Non
     assert choosing.choose(demand(), small).micro_batch == 1
 
 
+def test_a_small_model_without_a_gpu_gets_what_this_machine_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = recipes.resolve(
+        "custom", None, ("pretrain.micro_batch=auto", "pretrain.tokens_per_batch=262144"), Path("x")
+    )[1]
+    asked = choosing.demand_of(
+        recipe, "pretrain", recipe.pretrain, precision="fp32", world_size=1, on_gpu=False
+    )
+    peak_gib = choosing.peak_gib(opened(asked, micro_batch=64))
+    monkeypatch.setattr(choosing, "machine_memory_gib", lambda: peak_gib / 0.94)
+    assert choosing.choose(asked, CPU).micro_batch == 64
+    monkeypatch.setattr(choosing, "machine_memory_gib", lambda: peak_gib / 0.96)
+    assert choosing.choose(asked, CPU).micro_batch == 32
+
+
 def test_micro_batches_divide_a_step_and_what_is_set_stays() -> None:
     three = opened(demand(), tokens_per_batch=6 * 2048)
     assert [each.micro_batch for each in choosing.candidates(three)] == [1, 2, 3, 6]
