@@ -9,7 +9,6 @@ import pytest
 from tests.unit.train.test_planner import CPU, H100
 
 from sevenfold.base.hardware import GPUInfo
-from sevenfold.base.records import Run
 from sevenfold.train.memory import Demand
 from sevenfold.workflow import choosing, planning, row_counts
 from sevenfold.workflow import recipe as recipes
