@@ -223,8 +223,10 @@ def _origin(values: Mapping[str, Any]) -> tuple[str, Mapping[tuple[Any, ...], in
     return "configuration", {}
 
 
-def build(cls: type[T], values: Mapping[str, Any]) -> T:
+def build(cls: type[T], values: Mapping[str, Any], *, of_earlier_version: bool = False) -> T:
     """Validate ``values`` into the configuration dataclass ``cls``.
+
+    ``of_earlier_version``: what is missing may be newer than ``values``, and can be set by a flag.
 
     Errors:
         UsageError: the first problem found, as ``file:line:field: what, and what was expected``;
@@ -238,7 +240,7 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
         problems = error.errors(include_url=False)
         # A misspelt key is also a missing one; the misspelling is what helps.
         problem = next((p for p in problems if p["type"] in _UNKNOWN_KEY), problems[0])
-        location = tuple(part for part in problem["loc"] if not _is_union_member(part))
+        location = _location(problem)
         line = next(
             (lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in lines),
             None,
@@ -248,18 +250,34 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
         if problem["type"] in _UNKNOWN_KEY:
             advice = _advice(cls, location)
             raise UsageError(f"{where}: unknown key{advice}") from None
-        if problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-            raise UsageError(f"{where}: missing; this key has no default") from None
-        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] in _MISSING:
+            advice = ""
+            if of_earlier_version:
+                names = (
+                    ".".join(map(str, _location(p))) for p in problems if p["type"] in _MISSING
+                )
+                flags = " ".join(f"--set {name}=VALUE" for name in names)
+                advice = f"; if an earlier version wrote this, say {flags}"
+            raise UsageError(f"{where}: missing; this key has no default{advice}") from None
+        same = [p["msg"] for p in problems if _location(p) == location]
+        message = " or ".join([same[0], *(m.removeprefix("Input should be ") for m in same[1:])])
+        message = message.removeprefix("Value error, ")
         found = json.dumps(problem["input"])[:80]
         raise UsageError(f"{where}: found {found}; {message[0].lower()}{message[1:]}") from None
 
 
+def _location(problem: Mapping[str, Any]) -> tuple[int | str, ...]:
+    return tuple(part for part in problem["loc"] if not _is_union_member(part))
+
+
 def _is_union_member(part: int | str) -> bool:
     """True for the type names that pydantic puts into the location of a union's error."""
-    return isinstance(part, str) and (part[:1].isupper() or "[" in part or part in _SCALARS)
+    return isinstance(part, str) and (
+        part[:1].isupper() or "[" in part or part.startswith("constrained-") or part in _SCALARS
+    )
 
 
+_MISSING = ("missing", "missing_argument", "missing_keyword_only_argument")
 _UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 _SCALARS = {"int", "float", "str", "bool", "none"}
 

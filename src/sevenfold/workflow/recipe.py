@@ -252,7 +252,8 @@ def resolve(
         _require_unused(folder)
         preset = _preset_name(preset, config_file)
         values = read_yaml(config_file or preset_file(preset))
-    recipe = build(Recipe, _assemble(values, overrides))
+    is_runs_own = Path(values.path).name == "run.json"
+    recipe = build(Recipe, _assemble(values, overrides), of_earlier_version=is_runs_own)
     plain = to_plain(recipe)
     facts = {"preset": preset, "recipe": plain, "fingerprint": fingerprint(plain)}
     return Run(folder=folder, facts=facts), recipe

@@ -26,6 +26,7 @@ from sevenfold.workflow.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
+ABSENT = "not there"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -255,10 +256,16 @@ def _is_finished(job: Job) -> bool:
     record = job.run.record(job.stage)
     for section, new in (("inputs", job.inputs), ("config", job.settings)):
         for name, old, now in _differences(record.get(section, {}), new):
+            again = f"train it again with {records.SCRIPTS[job.stage]} --no-resume"
+            if old == ABSENT:
+                raise UsageError(
+                    f"{job.folder}: {job.stage} was trained by a version that had no "
+                    f"{section}.{name}, now it is {now}; {again}, or go on from it as it is with "
+                    "the stage after it"
+                )
             raise UsageError(
                 f"{job.folder}: {job.stage} was trained with {section}.{name} {old}, now it is "
-                f"{now}; train it again with {records.SCRIPTS[job.stage]} --no-resume, or set it "
-                "back"
+                f"{now}; {again}, or set it back"
             )
     if not _is_whole(job, record):
         return False
@@ -286,7 +293,8 @@ def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any,
     """Yield the fields whose values differ, by their full names."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in sorted({*old, *new}):
-            yield from _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
+            then, now = old.get(key, ABSENT), new.get(key, ABSENT)
+            yield from _differences(then, now, f"{name}.{key}".lstrip("."))
     elif old != new:
         yield name, old, new
 

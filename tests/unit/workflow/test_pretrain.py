@@ -105,6 +105,20 @@ def test_the_same_shards_are_gone_on_with_and_others_when_starting_again(
     assert noted["b.npy"] == storage.sha256_file(folder / "packed" / "b.npy")
 
 
+def test_what_an_earlier_version_trained_cannot_be_set_back_to(
+    trained: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(trained, folder)
+    path = folder / "run" / "pretrain" / "record.json"
+    record = storage.read_json(path)
+    del record["config"]["keep_best"]
+    storage.write_json(path, record)
+    message = r"a version that had no config\.keep_best, now it is False; .*--no-resume, or go on"
+    with pytest.raises(UsageError, match=message):
+        train(folder)
+
+
 @pytest.mark.fault("L08")
 def test_packed_rows_from_outside_stand_in_the_data_card(trained: Path, tmp_path: Path) -> None:
     run = Run(folder=trained / "run", facts={})

@@ -147,6 +147,40 @@ def test_a_broken_run_is_named_by_its_file(place: Path) -> None:
         recipes.resolve()
 
 
+def test_a_run_of_an_earlier_version_says_which_settings_it_lacks(place: Path) -> None:
+    run, _ = recipes.resolve()
+    recipes.save(run)
+    path = run.folder / "run.json"
+    found = storage.read_json(path)
+    for stage in ("sft", "lora"):
+        del found["recipe"][stage]["packing"]
+    storage.write_json(path, found)
+    flags = "--set sft.packing=VALUE --set lora.packing=VALUE"
+    message = rf"run\.json:sft\.packing: missing; .*if an earlier version wrote this, say {flags}$"
+    with pytest.raises(UsageError, match=message):
+        recipes.resolve()
+    flags = flags.replace("VALUE", "drawn").replace("--set ", "")
+    assert recipes.resolve(overrides=flags.split())[1].lora.packing == "drawn"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "micro_batch=all",
+            r'micro_batch: found "all"; input should be a valid integer or \'auto\'$',
+        ),
+        ("micro_batch=0", r"micro_batch: found 0; .* greater than or equal to 1 or 'auto'$"),
+        ("recompute=chep", r"recompute: found \"chep\"; .* boolean or 'cheap' or 'auto'$"),
+    ],
+)
+def test_a_wrong_value_is_told_all_that_may_stand_there(
+    place: Path, setting: str, message: str
+) -> None:
+    with pytest.raises(UsageError, match=rf":pretrain\.{message}"):
+        recipes.resolve(overrides=[f"pretrain.{setting}"])
+
+
 def test_saving_again_keeps_the_file(place: Path) -> None:
     run, _ = recipes.resolve()
     first = recipes.save(run)
