@@ -12,6 +12,7 @@ from typing import Any
 
 from sevenfold.base import hardware, storage
 from sevenfold.base.config import to_plain
+from sevenfold.base.errors import BadDataError
 from sevenfold.base.hardware import GPUInfo
 from sevenfold.model.config import ModelConfig, describe_folder
 from sevenfold.train import parallel
@@ -154,18 +155,31 @@ def settle(
 
     Returns:
         the settings, and what :func:`note` is to write, None where nothing was open.
+    Errors:
+        BadDataError: what was chosen before cannot be read.
     """
     config = demand.train
     if not is_open(config):
         return config, None
     asked = {"settings": _decisive(demand), "machine": _machine(demand, gpu)}
-    before = storage.read_json(folder / FILE) if keep and (folder / FILE).is_file() else None
+    before = _chosen_before(folder / FILE) if keep and (folder / FILE).is_file() else None
     if before is not None and (before["asked"] == asked or (folder / "record.json").is_file()):
         left_open = [n for n in ("micro_batch", "recompute") if getattr(config, n) == "auto"]
         return dataclasses.replace(config, **{name: before[name] for name in left_open}), before
     found = choose(demand, gpu)
     fresh = {"micro_batch": found.micro_batch, "recompute": found.recompute, "asked": asked}
     return found, fresh
+
+
+def _chosen_before(path: Path) -> dict[str, Any]:
+    try:
+        found = storage.read_json(path)
+        if not (isinstance(found, dict) and {"asked", "micro_batch", "recompute"} <= set(found)):
+            raise BadDataError(f"{path}: not what was chosen for a stage")
+    except BadDataError as problem:
+        what = str(problem).partition(";")[0]
+        raise BadDataError(f"{what}; remove the file, and it is chosen again") from None
+    return found
 
 
 def _decisive(demand: Demand) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from tests.unit.train.test_planner import CPU, H100
 from tests.unit.workflow.test_pretrain import write_shards
 
 from sevenfold.base import storage
+from sevenfold.base.errors import BadDataError
 from sevenfold.base.hardware import GPUInfo
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.memory import Demand
@@ -131,6 +132,31 @@ def test_a_stage_keeps_its_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     storage.write_json(tmp_path / "record.json", {})
     assert settled(tmp_path, asked, H200).micro_batch == 1
     assert settled(tmp_path, opened(asked, recompute=True), H200).recompute is True
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("", "not valid JSON: .*"),
+        ("{}", "not what was chosen for a stage"),
+        ("[2]", "not what was chosen for a stage"),
+        (None, "changed since it was written, its seal is of other bytes"),
+    ],
+)
+def test_a_choice_that_cannot_be_read_may_be_removed(
+    tmp_path: Path, text: str | None, what: str
+) -> None:
+    settled(tmp_path, demand(), H100)
+    path = tmp_path / choosing.FILE
+    found = path.read_text().replace('"micro_batch": 2', '"micro_batch": 3')
+    path.write_text(found if text is None else text)
+    message = rf"chosen\.json: {what}; remove the file, and it is chosen again$"
+    with pytest.raises(BadDataError, match=message):
+        choosing.settle(tmp_path, demand(), H100)
+    # A stage that begins anew does not read it.
+    assert choosing.settle(tmp_path, demand(), H100, keep=False)[0].micro_batch == 2
+    path.unlink()
+    assert choosing.settle(tmp_path, demand(), H100)[0].micro_batch == 2
 
 
 def _kept(folder: Path) -> dict[str, Any]:
