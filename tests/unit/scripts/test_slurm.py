@@ -114,7 +114,8 @@ def test_when_the_time_is_up_all_save_before_the_job_is_queued_again(
 @pytest.mark.parametrize(
     ("arguments", "advice"),
     [
-        ([], "pretrain|sft|dpo|lora [options of the stage]"),
+        # Slurm runs a copy, whose path tells a user nothing.
+        ([], "usage: sbatch scripts/slurm_train.sbatch pretrain|sft|dpo|lora [options"),
         (["chat"], "pretrain|sft|dpo|lora [options of the stage]"),
         (["pretrain", "--no-resume"], "start afresh each time; leave it out"),
     ],
