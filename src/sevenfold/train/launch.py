@@ -16,8 +16,8 @@ from types import FrameType
 import torch
 
 from sevenfold.base import faults
-from sevenfold.base.errors import SevenfoldError, StoppedError, UsageError
-from sevenfold.train.parallel import PATIENCE_S, Processes
+from sevenfold.base.errors import SevenfoldError, StoppedError
+from sevenfold.train.parallel import PATIENCE_VARIABLE, Processes, patience_of_user
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +25,8 @@ log = logging.getLogger(__name__)
 # start again wait in an exchange: only a checkpoint can be under way.
 GRACE_S = 45.0
 START_AGAIN_S = 30.0
-# Where a process writes what it is doing, and after how long without a word all are ended.
+# Where a process writes what it is doing.
 HEARTBEAT_VARIABLE = "SEVENFOLD_HEARTBEAT"
-PATIENCE_VARIABLE = "SEVENFOLD_PATIENCE_S"
 
 
 class StartAgainError(StoppedError):
@@ -89,23 +88,12 @@ def launch(arguments: list[str], num_processes: int) -> int:
         SevenfoldError: for so long none of them has begun anything new; the message has what each
             did last.
     """
-    patience_s = _patience_s()
+    patience_s = patience_of_user()
     while (code := _launch_once(arguments, num_processes, patience_s)) == StartAgainError.exit_code:
         log.warning("starting all %d processes again", num_processes)
         # They have to find what was decided; the first start has set the old stage aside already.
         arguments = [argument for argument in arguments if argument != "--no-resume"]
     return code
-
-
-def _patience_s() -> float:
-    text = os.environ.get(PATIENCE_VARIABLE, str(PATIENCE_S))
-    try:
-        patience_s = float(text)
-    except ValueError:
-        patience_s = 0.0
-    if not patience_s > 0:
-        raise UsageError(f"{PATIENCE_VARIABLE}: '{text}' is not a number of seconds above 0")
-    return patience_s
 
 
 class _Child:

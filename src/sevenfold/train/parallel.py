@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import logging
+import math
 import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,9 +26,10 @@ from sevenfold.train.config import TrainConfig
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-# How long processes wait for each other without a word. The first step of a compiled model can take
-# minutes; how long at the 7B has not been measured.
+# How long processes wait for each other without a word, and their launcher for a word of any. The
+# first step of a compiled model can take minutes; how long at the 7B has not been measured.
 PATIENCE_S = 1800.0
+PATIENCE_VARIABLE = "SEVENFOLD_PATIENCE_S"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,8 @@ def join() -> Processes:
     """Join the processes that torchrun started; alone, return a world of one.
 
     Errors:
-        UsageError: the address where they meet does not exist, or there are too few GPUs.
+        UsageError: the address where they meet does not exist, there are too few GPUs, or
+            SEVENFOLD_PATIENCE_S is not a number of seconds.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -102,9 +105,27 @@ def join() -> Processes:
         # Before they meet, the first may have to measure a model from outside; NCCL's own ten
         # minutes can be too few.
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=PATIENCE_S))
+        # A launcher of less patience ends them itself, and says what each was doing.
+        timeout = timedelta(seconds=max(PATIENCE_S, patience_of_user()))
+        dist.init_process_group(backend, timeout=timeout)
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     return Processes(rank=dist.get_rank(), world=world, device=device, per_node=per_node)
+
+
+def patience_of_user() -> float:
+    """Return how long to wait without a word, in seconds: SEVENFOLD_PATIENCE_S where it is set.
+
+    Errors:
+        UsageError: it is not a number of seconds.
+    """
+    text = os.environ.get(PATIENCE_VARIABLE, str(PATIENCE_S))
+    try:
+        found_s = float(text)
+    except ValueError:
+        found_s = 0.0
+    if not 0 < found_s < math.inf:
+        raise UsageError(f"{PATIENCE_VARIABLE}: '{text}' is not a number of seconds above 0")
+    return found_s
 
 
 def _require_address(host: str) -> None:

@@ -144,8 +144,9 @@ def test_a_meeting_place_that_does_not_exist_is_refused_at_once(
     assert time.monotonic() - started < 30
 
 
+@pytest.mark.parametrize(("patience", "waiting_s"), [(None, 1800), ("7200", 7200), ("1.5", 1800)])
 def test_processes_wait_for_each_other_as_long_as_their_launcher_does(
-    monkeypatch: pytest.MonkeyPatch,
+    patience: str | None, waiting_s: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before they meet, the first may measure a model from outside; NCCL alone gives up sooner."""
 
@@ -158,11 +159,13 @@ def test_processes_wait_for_each_other_as_long_as_their_launcher_does(
     monkeypatch.setattr(torch.distributed, "init_process_group", note)
     for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(AskedError, match="1800"):
+    if patience:
+        monkeypatch.setenv("SEVENFOLD_PATIENCE_S", patience)
+    with pytest.raises(AskedError, match=f"^{waiting_s}.0$"):
         parallel.join()
 
 
-@pytest.mark.parametrize("text", ["soon", "-3", "nan"])
+@pytest.mark.parametrize("text", ["soon", "-3", "nan", "inf"])
 def test_patience_is_a_number_of_seconds(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("SEVENFOLD_PATIENCE_S", text)
     with pytest.raises(UsageError, match=f"SEVENFOLD_PATIENCE_S: '{text}' is not a number of sec"):
