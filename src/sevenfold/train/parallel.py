@@ -214,21 +214,13 @@ def _fill(model: nn.Module, whole: dict[str, Tensor], processes: Processes) -> N
     torch.set_rng_state(random.cpu())
 
 
-def exchanging_once(model: nn.Module, micro_batches: Iterable[T]) -> Iterator[T]:
+def exchanging_once(model: Any, micro_batches: Iterable[T]) -> Iterator[T]:
     """Let the copies of a sharded model sum their gradients with a step's last micro-batch only."""
-    previous: list[T] = []
-    for each in micro_batches:
-        if previous:
-            _set_exchange(model, False)
-            yield previous.pop()
-        previous.append(each)
-    _set_exchange(model, True)
-    yield from previous
-
-
-def _set_exchange(model: Any, wanted: bool) -> None:
-    if hasattr(model, "set_requires_all_reduce"):
-        model.set_requires_all_reduce(wanted)
+    all_of_them = list(micro_batches)
+    for number, each in enumerate(all_of_them, 1):
+        if hasattr(model, "set_requires_all_reduce"):
+            model.set_requires_all_reduce(number == len(all_of_them))
+        yield each
 
 
 def not_finite(tensors: Mapping[str, Any], processes: Processes) -> list[str]:
