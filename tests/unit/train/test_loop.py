@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 import signal
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from sevenfold.base import faults
 from sevenfold.base.errors import (
     CheckpointError,
     DivergedError,
@@ -21,6 +23,7 @@ from sevenfold.base.errors import (
 from sevenfold.base.hardware import OOMHandler
 from sevenfold.base.storage import JsonLines
 from sevenfold.data.batches import Batches, PackedText, RowSource
+from sevenfold.model import accumulating
 from sevenfold.objective.next_token import NEXT_TOKEN, Objective, Scorer
 from sevenfold.train import checkpoint, loop, optimizer, parallel, resuming
 from sevenfold.train.config import (
@@ -260,6 +263,27 @@ def test_out_of_memory_halves_and_goes_on_like_a_run_of_that_size(tmp_path: Path
     assert made.memory.micro_batch == 1
     assert_equal(weights(made), weights(small))
     assert [row["event"] for row in made.metrics.read() if "event" in row] == ["oom"]
+
+
+def test_gradients_added_up_in_products_begin_anew_with_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after memory ran out in the middle of one, and after one that was not a number."""
+    monkeypatch.setenv("SEVENFOLD_FAULTS", "nan@step=9")
+    found = {}
+    for name in ("plain", "in products"):
+        monkeypatch.setattr(faults, "_times_done", collections.Counter())
+        model = tiny_model()
+        if name == "in products":
+            accumulating.accumulate_in_products(model)
+        out_of_memory = failing({2 * 6}, torch.OutOfMemoryError("fake"))
+        made = bench(tmp_path / name, objective=out_of_memory, model=model)
+        loop.fit(made)
+        rows = made.metrics.read()
+        assert [row["event"] for row in rows if "event" in row] == ["oom", "skip"]
+        found[name] = [row["loss"] for row in rows if row.get("loss")]
+        assert len(found[name]) == 23
+    np.testing.assert_allclose(found["plain"], found["in products"], rtol=1e-5)
 
 
 def test_out_of_memory_without_recovery_says_which_flag_helps(tmp_path: Path) -> None:
