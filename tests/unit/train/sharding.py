@@ -85,6 +85,10 @@ def train(
     return {"losses": losses, "off": off, "norms": norms}
 
 
+def digest_of_share(model: nn.Module) -> str:
+    return checkpoint.digest({n: adamw_8bit._local(p) for n, p in model.named_parameters()})
+
+
 def compare(
     processes: parallel.Processes,
     *,
@@ -117,10 +121,8 @@ def compare(
     EXCHANGES.clear()
     found = train(sharded, optimizer, own, processes)
     num_exchanges = len(EXCHANGES)
-    differing = processes.first_difference({"norms": repr(found["norms"])})
     parts: list[Any] = [None] * processes.world
-    local = {name: adamw_8bit._local(p) for name, p in sharded.named_parameters()}
-    dist.all_gather_object(parts, checkpoint.digest(local))
+    dist.all_gather_object(parts, digest_of_share(sharded))
     gathered = [parallel.gather_model(sharded, processes)]
     dist.broadcast_object_list(gathered)
     moments = {
@@ -145,7 +147,7 @@ def compare(
         "same_moments": all(torch.equal(again[name], moments[name]) for name in moments),
         "later": [on, other_on],
         "num_exchanges": num_exchanges,
-        "differing": differing,
+        "differing": processes.first_difference({"norms": repr(found["norms"])}),
     }
 
 
