@@ -107,7 +107,7 @@ def print_plan(planned: StagePlan) -> None:
     rows.insert(4, ("rows at once", _at_once(planned)))
     if not planned.has_length:
         rows = [row for row in rows if row[0] not in UNKNOWN_LENGTH]
-        rows.insert(1, ("tokens", "known once the data has been prepared"))
+        rows.insert(2, ("tokens", "known once the data has been prepared"))
     console.print_table(f"plan of {planned.stage}", ["what", "needs"], rows)
 
 

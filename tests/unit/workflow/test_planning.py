@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.unit.train.test_planner import CPU, H100
 
 from sevenfold.base.hardware import GPUInfo
+from sevenfold.train.config import TrainConfig
 from sevenfold.train.memory import Demand
-from sevenfold.workflow import choosing, planning, row_counts
+from sevenfold.workflow import choosing, planning, rehearsal, row_counts
 from sevenfold.workflow import recipe as recipes
 
 NO_GPU = GPUInfo(**{**CPU, "supports_fp8": False, "peak_bf16_tflops": 0.0})
@@ -63,3 +66,20 @@ def test_a_plan_shows_what_the_stage_will_choose(monkeypatch: pytest.MonkeyPatch
     assert [each.scored_share for each in asked] == [1.0]
     # What is planned to be needed is for the rows that there are.
     assert planned.plan.memory[0].loss_gib < 0.8
+
+
+def test_what_is_planned_is_what_is_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a run goes on with what another planner, or another machine, chose for it."""
+    changes = ("pretrain.precision=bf16", "pretrain.recompute=auto")
+    planned = plan_on(H100, "pretrain", "7b", *changes)
+    chosen = dataclasses.replace(planned.config, micro_batch=1, recompute=True)
+    seen: list[TrainConfig] = []
+
+    def rehearse(recipe: recipes.Recipe, stage: str, config: TrainConfig) -> list[Any]:
+        seen.append(config)
+        return []
+
+    monkeypatch.setattr(rehearsal, "rehearse", rehearse)
+    recipe = recipes.resolve("7b", None, changes, Path("unused"))[1]
+    planning._rehearse(recipe, dataclasses.replace(planned, config=chosen))
+    assert [(each.micro_batch, each.recompute) for each in seen] == [(1, True)]
