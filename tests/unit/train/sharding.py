@@ -125,10 +125,8 @@ def compare(
     dist.all_gather_object(parts, digest_of_share(sharded))
     gathered = [parallel.gather_model(sharded, processes)]
     dist.broadcast_object_list(gathered)
-    moments = {
-        name: value.clone()
-        for name, value in parallel.gather_optimizer(sharded, optimizer, processes).items()
-    }
+    taken = parallel.gather_optimizer(sharded, optimizer, processes)
+    moments = {name: value.clone() for name, value in taken.items()}
     other = make_optimizer(later, kind)
     parallel.scatter_model(later, gathered[0], processes)
     parallel.scatter_optimizer(later, other, dict(moments), processes)
