@@ -36,8 +36,8 @@ class GPUInfo(TypedDict):
 def detect_gpu_type() -> GPUInfo:
     """Describe the first visible GPU; ``gpu_type`` is ``cpu`` where there is none.
 
-    ``compile_mode`` is ``max-autotune`` on Hopper, ``default`` on other GPUs, ``none`` on a CPU,
-    where compiling costs more than it brings.
+    ``compile_mode`` is ``max-autotune`` (of PyTorch's two, the one without CUDA graphs) on Hopper,
+    ``default`` on other GPUs, ``none`` on a CPU, where compiling costs more than it brings.
     """
     if not torch.cuda.is_available():
         return GPUInfo(

@@ -6,19 +6,31 @@ a model is built from them: a model that exists keeps the classes it was built f
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import logging
 import weakref
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from sevenfold.base.errors import UsageError
+from sevenfold.model.config import KernelConfig
 
 if TYPE_CHECKING:
     import torch
 
+    from sevenfold.base.hardware import GPUInfo
+
 log = logging.getLogger(__name__)
+
+# Layers compiled one by one, and the head of `objective.linear_cross_entropy` that keeps logits.
+PLAIN = KernelConfig(liger=False, cce=False)
+# What trains the 7B fastest on each kind of GPU that was measured; docs/performance.md, "What
+# `auto` takes for kernels", has the figures. CCE was slower than kept logits in whole steps. Liger
+# is left out because the layers are compiled, which fuses what it fuses; it has not been measured
+# beside them.
+FASTEST = {"H100": PLAIN, "H200": PLAIN}
 
 _built_models: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 _active: dict[str, bool] = {"liger": False, "cce": False}
@@ -44,8 +56,46 @@ def active_kernels() -> ActiveKernels:
     )
 
 
-def setup_kernel_optimizations(*, liger: bool = False, cce: bool = False) -> ActiveKernels:
-    """Put the asked kernels into place; call it before any model is built.
+def decide(
+    wanted: KernelConfig,
+    gpu: GPUInfo,
+    *,
+    model_type: str = "llama",
+    before: KernelConfig | None = None,
+) -> KernelConfig:
+    """Replace ``auto`` by what is fastest on ``gpu``, or by what was taken ``before``.
+
+    On a kind of GPU that was never measured, which is said once, it is what was fastest on the
+    others. Liger knows models of type ``llama`` only.
+    """
+    if "auto" not in (wanted.liger, wanted.cce):
+        return wanted
+    fastest = before or FASTEST.get(gpu["gpu_type"], PLAIN)
+    if before is None and gpu["num_gpus"] and gpu["gpu_type"] not in FASTEST:
+        _say_unmeasured(gpu["name"])
+    liger, cce = wanted.liger, wanted.cce
+    if liger == "auto":
+        liger = cce is not True and model_type == "llama" and fastest.liger is True
+    if cce == "auto":
+        cce = not liger and fastest.cce is True
+    return KernelConfig(liger=liger, cce=cce)
+
+
+@functools.cache
+def _say_unmeasured(gpu: str) -> None:
+    log.warning(
+        "kernels: auto takes compiled layers and our own loss, which were fastest on %s; on %s "
+        "nothing was measured: compare with sevenfold bench pretrain --set kernels.liger=true, or "
+        "--set kernels.cce=true",
+        " and ".join(FASTEST),
+        gpu,
+    )
+
+
+def setup_kernel_optimizations(
+    *, liger: bool | Literal["auto"] = "auto", cce: bool | Literal["auto"] = "auto"
+) -> ActiveKernels:
+    """Put the asked or the fastest kernels into place; call it before any model is built.
 
     Liger replaces RoPE, RMSNorm and SwiGLU. Its own fused linear cross-entropy stays off always:
     the loss belongs to the objective, which CCE serves.
@@ -54,11 +104,17 @@ def setup_kernel_optimizations(*, liger: bool = False, cce: bool = False) -> Act
         UsageError: both are asked for; a model exists already; there is no GPU; the package is
             missing; or Liger was put into place earlier in this process and is now unwanted.
     """
-    if liger and cce:
+    if liger is True and cce is True:
         raise UsageError(
             "kernels: liger and cce are mutually exclusive; set kernels.liger or kernels.cce to "
             "false"
         )
+    wanted = KernelConfig(liger=liger, cce=cce)
+    if "auto" in (liger, cce) and True not in (liger, cce):
+        from sevenfold.base.hardware import detect_gpu_type
+
+        wanted = decide(wanted, detect_gpu_type())
+    liger, cce = wanted.liger is True, wanted.cce is True
     gc.collect()
     if len(_built_models):
         names = ", ".join(sorted({type(model).__name__ for model in _built_models}))

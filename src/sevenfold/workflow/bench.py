@@ -23,6 +23,7 @@ from sevenfold.base import console, hardware, records, storage
 from sevenfold.base.errors import CheckpointError, UsageError
 from sevenfold.data.packing import PackedPreferences
 from sevenfold.data.random_rows import RandomRows
+from sevenfold.model import kernels
 from sevenfold.train import checkpoint, loop, optimizer, parallel, resuming
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.watching import OTHER, WAIT, Stopwatch, totals
@@ -227,7 +228,7 @@ def _facts(asked: Bench, tried: trial.Trial, length: int) -> dict[str, Any]:
         "optimizer": config.optimizer.kind,
         **({"base": asked.recipe.lora.base} if asked.stage == "lora" else {}),
         "loss_kernel": tried.scorer.kernel,
-        "liger": asked.recipe.kernels.liger,
+        "liger": kernels.active_kernels()["liger"],
         "processes": tried.processes.world,
     }
 

@@ -1,7 +1,8 @@
-"""What ``auto`` means for the micro-batch and for recomputation, on the GPU that there is.
+"""What ``auto`` means for micro-batch, recomputation and kernels, on the GPU that there is.
 
-Of everything the planner expects to fit, what takes the least time. It is chosen once: a stage
-keeps it beside its checkpoints, so that a run that goes on goes on with the same.
+Of everything the planner expects to fit, what takes the least time; of kernels, what was measured
+to be fastest. It is chosen once: a stage keeps it beside its checkpoints, so that a run that goes
+on goes on with the same.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from sevenfold.base import hardware, storage
 from sevenfold.base.config import to_plain
 from sevenfold.base.errors import BadDataError
 from sevenfold.base.hardware import GPUInfo
-from sevenfold.model.config import ModelConfig, describe_folder
+from sevenfold.model import kernels
+from sevenfold.model.config import KernelConfig, ModelConfig, describe_folder
 from sevenfold.train import parallel
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.memory import Adapter, Demand, Precision
@@ -51,12 +53,13 @@ def demand_of(
     lora = recipe.lora if stage == "lora" else None
     compiled = config.compile != "none"
     kernel: Any = "chunked" if on_gpu and compiled else "plain"
+    cce = kernels.decide(recipe.kernels, hardware.detect_gpu_type()).cce
     return Demand(
         model=model,
         train=config,
         precision=precision,
         world_size=world_size,
-        loss_kernel="cce" if recipe.kernels.cce else kernel,
+        loss_kernel="cce" if cce else kernel,
         compiled=compiled,
         adapter=None if lora is None else adapter_of(recipe, model),
         four_bits=lora is not None and lora.base == "nf4",
@@ -146,12 +149,18 @@ def seconds_per_token(demand: Demand, config: TrainConfig, gpu: GPUInfo) -> floa
 
 
 def settle(
-    folder: Path, demand: Demand, gpu: GPUInfo, *, keep: bool = True
+    folder: Path,
+    demand: Demand,
+    gpu: GPUInfo,
+    *,
+    keep: bool = True,
+    chosen_kernels: KernelConfig | None = None,
 ) -> tuple[TrainConfig, dict[str, Any] | None]:
     """Choose what is open, or take what the stage in ``folder`` has chosen before.
 
     A finished stage keeps its choice on any machine, another one if it would be asked the same
-    again; ``keep`` False (a stage that is to begin anew): none does.
+    again; ``keep`` False (a stage that is to begin anew): none does. ``chosen_kernels`` are
+    :func:`settle_kernels`'s where these were open.
 
     Returns:
         the settings, and what :func:`note` is to write, None where nothing was open.
@@ -159,19 +168,56 @@ def settle(
         BadDataError: what was chosen before cannot be read.
     """
     config = demand.train
-    if not is_open(config):
+    more = {} if chosen_kernels is None else {"kernels": to_plain(chosen_kernels)}
+    if not is_open(config) and not more:
         return config, None
     asked = {"settings": _decisive(demand), "machine": _machine(demand, gpu)}
-    before = _chosen_before(folder / FILE) if keep and (folder / FILE).is_file() else None
+    before = _chosen_before(folder / FILE, keep=keep)
     if before is not None and (before["asked"] == asked or (folder / "record.json").is_file()):
         left_open = [n for n in ("micro_batch", "recompute") if getattr(config, n) == "auto"]
-        return dataclasses.replace(config, **{name: before[name] for name in left_open}), before
+        kept = {name: before[name] for name in left_open}
+        return dataclasses.replace(config, **kept), {**before, **more}
     found = choose(demand, gpu)
     fresh = {"micro_batch": found.micro_batch, "recompute": found.recompute, "asked": asked}
-    return found, fresh
+    return found, {**fresh, **more}
 
 
-def _chosen_before(path: Path) -> dict[str, Any]:
+def settle_kernels(
+    folder: Path,
+    recipe: Recipe,
+    gpu: GPUInfo,
+    *,
+    keep: bool = True,
+    model_folder: Path | None = None,
+) -> tuple[Recipe, KernelConfig | None]:
+    """Choose the kernels that are open, or take those that the stage in ``folder`` has chosen.
+
+    It keeps them on the same kind of GPU, once finished on any; ``keep`` as in :func:`settle`.
+    ``model_folder`` holds what is trained, where that need not be the recipe's Llama.
+
+    Returns:
+        the recipe with its kernels, and these if they were open.
+    Errors:
+        BadDataError: what was chosen before cannot be read.
+    """
+    if "auto" not in (recipe.kernels.liger, recipe.kernels.cce):
+        return recipe, None
+    found = _chosen_before(folder / FILE, keep=keep) or {}
+    kept = None
+    if "kernels" in found and (
+        found["asked"]["machine"]["gpu"] == gpu["name"] or (folder / "record.json").is_file()
+    ):
+        kept = KernelConfig(**found["kernels"])
+    model_type = "llama"
+    if model_folder is not None:
+        model_type = str(storage.read_json(model_folder / "config.json").get("model_type"))
+    chosen = kernels.decide(recipe.kernels, gpu, model_type=model_type, before=kept)
+    return dataclasses.replace(recipe, kernels=chosen), chosen
+
+
+def _chosen_before(path: Path, *, keep: bool) -> dict[str, Any] | None:
+    if not (keep and path.is_file()):
+        return None
     try:
         found = storage.read_json(path)
         if not (isinstance(found, dict) and {"asked", "micro_batch", "recompute"} <= set(found)):
@@ -221,16 +267,18 @@ def settle_stage(
     model_folder: Path,
     world_size: int,
     keep: bool,
-) -> tuple[TrainConfig, dict[str, Any] | None]:
+) -> tuple[Recipe, TrainConfig, dict[str, Any] | None]:
     """Settle a stage that is about to train the model in ``model_folder``; see :func:`settle`.
 
-    ``config`` has its precision and compiling decided already.
+    ``config`` has its precision and compiling decided already; the recipe gets its kernels.
     """
-    if not is_open(config):
-        return config, None
+    gpu = hardware.detect_gpu_type()
+    recipe, chosen = settle_kernels(folder, recipe, gpu, keep=keep, model_folder=model_folder)
+    if not is_open(config) and chosen is None:
+        return recipe, config, None
     model = describe_folder(model_folder)
     demand = _demand_here(recipe, stage, config, world_size, model)
-    return settle(folder, demand, hardware.detect_gpu_type(), keep=keep)
+    return recipe, *settle(folder, demand, gpu, keep=keep, chosen_kernels=chosen)
 
 
 def for_trial(recipe: Recipe, stage: str, config: TrainConfig) -> TrainConfig:

@@ -53,6 +53,7 @@ def plan_stage(
     gpu = detect_gpu_type()
     config = train_config(recipe, stage)
     on_gpu = choosing.is_for_gpu(model, gpu)
+    recipe, _ = choosing.settle_kernels(run.stage(stage), recipe, gpu)
     counted = None if stage == "pretrain" else row_counts.count_rows(run, recipe, stage)
     demand = choosing.demand_of(
         recipe,

@@ -212,7 +212,7 @@ def open_job(
     fingerprint of what it trains on.
     """
     processes = parallel.join()
-    decided, chosen = choosing.settle_stage(
+    recipe, decided, chosen = choosing.settle_stage(
         run.stage(stage),
         recipe,
         stage,
@@ -323,6 +323,7 @@ def close(job: Job, bench: loop.Workbench, last: Mapping[str, Any], **facts: Any
         "gpu": gpu["name"],
         "num_gpus": gpu["num_gpus"],
         "precision": job.config.precision,
+        "kernels": to_plain(job.recipe.kernels),
         "bit_identical": job.config.deterministic or gpu["num_gpus"] == 0,
         "gpu_hours": hours if gpu["num_gpus"] else 0.0,
         "cost": hours * price if gpu["num_gpus"] and price is not None else None,

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.unit.train.test_planner import CPU, H100
 
+from sevenfold.base import hardware
 from sevenfold.base.config import build
 from sevenfold.base.errors import UsageError
+from sevenfold.base.hardware import GPUInfo
 from sevenfold.model import kernels
 from sevenfold.model.config import InitConfig, KernelConfig, ModelConfig
 from sevenfold.model.kernels import active_kernels, setup_kernel_optimizations
@@ -41,6 +44,57 @@ def test_nothing_asked_nothing_active() -> None:
     off = {"liger": False, "cce": False, "liger_fused_linear_cross_entropy": False}
     assert setup_kernel_optimizations() == off
     assert active_kernels() == off
+
+
+def on(gpu_type: str) -> GPUInfo:
+    return GPUInfo(**{**H100, "name": f"NVIDIA {gpu_type}", "gpu_type": gpu_type})
+
+
+def test_auto_takes_what_was_measured_fastest(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, patched: dict[str, Any]
+) -> None:
+    open_ones = KernelConfig(liger="auto", cce="auto")
+    for gpu_type in ("H100", "H200"):
+        assert kernels.decide(open_ones, on(gpu_type)) == kernels.PLAIN
+    # A measurement to the contrary is followed, also by script 05's call.
+    monkeypatch.setattr(kernels, "FASTEST", {"H100": KernelConfig(liger=True, cce=False)})
+    monkeypatch.setattr(hardware, "detect_gpu_type", lambda: on("H100"))
+    assert kernels.decide(open_ones, on("H100"), model_type="qwen2") == kernels.PLAIN
+    assert kernels.decide(open_ones, on("H100"), before=kernels.PLAIN) == kernels.PLAIN
+    assert setup_kernel_optimizations()["liger"]
+    assert patched["fused_linear_cross_entropy"] is False
+    assert caplog.text == ""
+    # Without a GPU there is nothing to take.
+    assert kernels.decide(open_ones, CPU) == kernels.PLAIN
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("wanted", "fastest", "taken"),
+    [
+        ((True, "auto"), (False, True), (True, False)),
+        (("auto", True), (True, False), (False, True)),
+        ((False, "auto"), (True, False), (False, False)),
+        ((False, "auto"), (False, True), (False, True)),
+        (("auto", "auto"), (False, True), (False, True)),
+        ((True, False), (False, True), (True, False)),
+    ],
+)
+def test_what_is_set_stays_and_never_both(
+    monkeypatch: pytest.MonkeyPatch, wanted: Any, fastest: Any, taken: Any
+) -> None:
+    measured = {"A100": KernelConfig(liger=fastest[0], cce=fastest[1])}
+    monkeypatch.setattr(kernels, "FASTEST", measured)
+    found = kernels.decide(KernelConfig(liger=wanted[0], cce=wanted[1]), on("A100"))
+    assert (found.liger, found.cce) == taken
+
+
+def test_a_gpu_that_was_never_measured_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    kernels._say_unmeasured.cache_clear()
+    for _ in range(2):
+        assert kernels.decide(KernelConfig(liger="auto", cce="auto"), on("A100")) == kernels.PLAIN
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "fastest on H100 and H200; on NVIDIA A100 nothing was measured: compare with" in said
 
 
 def test_both_at_once_are_refused() -> None:
@@ -81,7 +135,7 @@ def test_liger_never_takes_the_loss(patched: dict[str, Any]) -> None:
         "fused_linear_cross_entropy": False,
     }
     with pytest.raises(UsageError, match="cannot be taken out; start a new process"):
-        setup_kernel_optimizations()
+        setup_kernel_optimizations(liger=False, cce=False)
 
 
 @pytest.mark.fault("K12")

@@ -15,6 +15,8 @@ from tests.unit.workflow.test_pretrain import write_shards
 from sevenfold.base import storage
 from sevenfold.base.errors import BadDataError
 from sevenfold.base.hardware import GPUInfo
+from sevenfold.model import kernels
+from sevenfold.model.config import KernelConfig
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.memory import Demand
 from sevenfold.workflow import choosing, remaining, training
@@ -163,6 +165,42 @@ def _kept(folder: Path) -> dict[str, Any]:
     return dict(storage.read_json(folder / choosing.FILE))
 
 
+def test_a_stage_keeps_its_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipes.resolve("7b", None, ["pretrain.micro_batch=2"], Path("unused"))[1]
+    asked = opened(demand(), micro_batch=2)  # nothing else is open
+
+    def settled_kernels(gpu: GPUInfo, **how: Any) -> KernelConfig:
+        found, chosen = choosing.settle_kernels(tmp_path, recipe, gpu, **how)
+        assert found.kernels == chosen
+        _, notes = choosing.settle(tmp_path, asked, gpu, chosen_kernels=chosen, **how)
+        choosing.note(tmp_path, notes)
+        return found.kernels
+
+    assert settled_kernels(H100) == kernels.PLAIN
+    assert _kept(tmp_path)["kernels"] == {"liger": False, "cce": False}
+    # What is measured later does not change a run that goes on on the same GPU.
+    with_cce = KernelConfig(liger=False, cce=True)
+    monkeypatch.setattr(kernels, "FASTEST", {"H100": with_cce, "H200": with_cce})
+    assert settled_kernels(H100) == kernels.PLAIN
+    by_hand = dataclasses.replace(recipe, kernels=with_cce)
+    assert choosing.settle_kernels(tmp_path, by_hand, H100) == (by_hand, None)
+    assert choosing.settle_kernels(tmp_path, recipe, H100, keep=False)[1] == with_cce
+    assert choosing.settle_kernels(tmp_path, recipe, H200)[1] == with_cce
+    storage.write_json(tmp_path / "record.json", {})
+    assert settled_kernels(H200) == kernels.PLAIN
+
+
+def test_kernels_for_llama_are_not_chosen_for_another_family(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "FASTEST", {"H100": KernelConfig(liger=True, cce=False)})
+    recipe = recipes.resolve("7b", None, (), Path("unused"))[1]
+    for model_type, liger in (("llama", True), ("qwen2", False)):
+        storage.write_json(tmp_path / "config.json", {"model_type": model_type})
+        found, _ = choosing.settle_kernels(tmp_path, recipe, H100, model_folder=tmp_path)
+        assert found.kernels.liger is liger
+
+
 def test_a_run_records_what_was_chosen_and_goes_on_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,6 +208,7 @@ def test_a_run_records_what_was_chosen_and_goes_on_with_it(
     plain = miniature.recipe()
     changes = {"duration": {"steps": 1}, "micro_batch": "auto", "recompute": "auto"}
     plain["pretrain"] = {**plain["pretrain"], **changes}
+    plain["kernels"] = {"liger": "auto", "cce": "auto"}
     config = tmp_path / "recipe.yaml"
     config.write_text(json.dumps(plain))
     run, recipe = recipes.resolve(config_file=config, run_folder=tmp_path / "run")
@@ -180,6 +219,8 @@ def test_a_run_records_what_was_chosen_and_goes_on_with_it(
     assert record["config"]["micro_batch"] == rows_a_step
     assert record["config"]["recompute"] is False
     assert choosing.FILE in record["files"]
+    chosen = {"liger": False, "cce": False}
+    assert record["kernels"] == _kept(run.stage("pretrain"))["kernels"] == chosen
     monkeypatch.setattr(choosing, "choose", lambda demand, gpu: pytest.fail("chosen again"))
     pretrain(run, recipe, options)
     assert "already finished" in capsys.readouterr().out
