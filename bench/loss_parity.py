@@ -16,7 +16,8 @@ on one GPU, preset small and a cut of the 7B (two layers, else its shape):
 
 through `loop.fit`, with the recipe's schedule over the steps below, and prints per variant the
 held-out loss at the end and how far its training curve (means of SMOOTHED steps) is from another's.
---set goes to every variant. A variant that is stopped leaves its curve as far as it came.
+--set goes to every variant. A variant that is stopped leaves its curve as far as it came; ``show``
+says so and does not judge what is compared with it.
 --rehearse is for a CPU: a tiny model, six steps, FP8 emulated; rows from ``prepare --rehearse``.
 """
 
@@ -335,12 +336,23 @@ def _compared(
     if not common or not at:
         return [f"{name} against {other}", *[None] * 4, "not trained far enough"]
     last, largest = list(at.values())[-1], float(abs(off).max())
-    asked = ""
-    if end is not None:
+    asked = _stopped(curves, name, other)
+    if end is not None and not asked:
         met = abs(last) <= end and (worst is None or largest <= worst)
         asked = f"within {end} %: {'yes' if met else 'no'}"
     text = [f"{last:+.3f}", f"{largest:.3f}", f"{abs(off).mean():.3f}"]
     return [f"{name} against {other}", *text, f"{max(map(abs, at.values())):.3f}", asked]
+
+
+def _stopped(curves: dict[str, list[dict[str, Any]]], *names: str) -> str:
+    """Say which of these variants did not come to their end, and how far they came."""
+    steps = {
+        name: max((row["step"] for row in curves[name] if "loss" in row), default=0)
+        for name in names
+        if not any(row.get("event") == "done" for row in curves[name])
+    }
+    stopped = " and ".join(f"{name} stopped after step {step}" for name, step in steps.items())
+    return stopped and f"not judged: {stopped}"
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ SCRIPT = runpy.run_path(str(Path(__file__).parents[3] / "bench" / "loss_parity.p
 
 def curve(factor: float, *, at_the_end: float) -> list[dict[str, Any]]:
     rows = [{"step": n, "loss": (6 - 0.01 * n) * factor} for n in range(1, 101)]
-    return [*rows[:-1], {**rows[-1], "validation_loss": at_the_end}]
+    return [*rows[:-1], {**rows[-1], "validation_loss": at_the_end}, {"event": "done"}]
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,14 @@ def test_a_curve_that_is_too_far_off_is_told(factor: float, at_the_end: float, a
 def test_what_did_not_come_far_enough_is_not_judged() -> None:
     curves: dict[str, Any] = {"bf16": curve(1.0, at_the_end=5.0), "fp8": []}
     assert SCRIPT["_compared"](curves, "fp8", "bf16", 1.0, 1.0)[-1] == "not trained far enough"
+    # One that was stopped on its way is compared, and not judged by the last step both have.
+    validated = {"step": 40, "validation_loss": 5.0}
+    for name in ("fp8", "bf16"):
+        curves = {each: [validated, *curve(1.0, at_the_end=5.0)] for each in ("bf16", "fp8")}
+        curves[name] = curves[name][:61]
+        row = SCRIPT["_compared"](curves, "fp8", "bf16", 1.0, 1.0)
+        assert row[1] == "+0.000"
+        assert row[-1] == f"not judged: {name} stopped after step 60"
 
 
 def test_the_yardstick_knows_only_how_frequent_tokens_are(tmp_path: Path) -> None:
