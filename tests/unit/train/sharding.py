@@ -91,6 +91,13 @@ def digest_of_share(model: nn.Module) -> str:
     return checkpoint.digest({n: adamw_8bit._local(p) for n, p in model.state_dict().items()})
 
 
+def to_float8(model: nn.Module, *, replicated: bool, sharded: bool) -> None:
+    if replicated:
+        float8.convert_to_float8(model, emulate=True)
+    else:
+        float8.convert_with_torchao(model, emulate=True, sharded=sharded)
+
+
 def compare(
     processes: parallel.Processes,
     *,
@@ -110,16 +117,14 @@ def compare(
     whole, later = Toy().to(dtype), Toy().to(dtype)
     sharded = copy.deepcopy(whole)
     for each in (whole, sharded, later):
-        if in_fp8 and replicated:
-            float8.convert_to_float8(each, emulate=True)
-        elif in_fp8:
-            float8.convert_with_torchao(each, emulate=True, sharded=each is not whole)
+        if in_fp8:
+            to_float8(each, replicated=replicated, sharded=each is not whole)
     for each in (sharded, later):
         if replicated:
             parallel.replicate(each, processes)
-            continue
-        how = {"bf16": bf16, "keep_whole": keep_whole, "num_copies": num_copies}
-        parallel.shard(each, list(each.layers), processes, **how)
+        else:
+            how = {"bf16": bf16, "keep_whole": keep_whole, "num_copies": num_copies}
+            parallel.shard(each, list(each.layers), processes, **how)
     rows = torch.randn(processes.world * MICRO_BATCHES, 4, WIDTH, dtype=dtype)
     own = rows[processes.rank :: processes.world]
     alone = parallel.Processes(rank=0, world=1, device=processes.device)
@@ -132,8 +137,8 @@ def compare(
     dist.all_gather_object(parts, digest_of_share(sharded))
     gathered = [{n: t.clone() for n, t in parallel.gather_model(sharded, processes).items()}]
     dist.broadcast_object_list(gathered)
-    taken = parallel.gather_optimizer(sharded, optimizer, processes)
-    moments = {name: value.clone() for name, value in taken.items()}
+    moments = parallel.gather_optimizer(sharded, optimizer, processes)
+    moments = {name: value.clone() for name, value in moments.items()}
     other = make_optimizer(later, kind)
     parallel.scatter_model(later, gathered[0], processes)
     parallel.scatter_optimizer(later, other, dict(moments), processes)
@@ -144,10 +149,7 @@ def compare(
     other_on = train(later, other, own, processes)
     return {
         **{name: [expected[name], found[name]] for name in expected},
-        "weights": [
-            float((gathered[0][name] - value).abs().max())
-            for name, value in whole.state_dict().items()
-        ],
+        "weights": [float((gathered[0][n] - t).abs().max()) for n, t in whole.state_dict().items()],
         "parts": parts,
         "same_moments": all(torch.equal(again[name], moments[name]) for name in moments),
         "later": [on, other_on],
@@ -172,7 +174,9 @@ class Tied(Toy):
         return super().forward(self.table(ids) * self.factors)
 
 
-def fill(processes: parallel.Processes, *, in_fp8: bool) -> dict[str, Any]:
+def fill(
+    processes: parallel.Processes, *, in_fp8: bool, replicated: bool = False
+) -> dict[str, Any]:
     """Return whether weights that one process draws are all processes' after sharding."""
     torch.manual_seed(0)
     expected = Tied()
@@ -182,8 +186,11 @@ def fill(processes: parallel.Processes, *, in_fp8: bool) -> dict[str, Any]:
         model = Tied()
     if in_fp8:
         for each in (expected, model):
-            float8.convert_with_torchao(each, emulate=True, sharded=each is model)
-    parallel.shard(model, list(model.layers), processes, bf16=False, num_copies=2)
+            to_float8(each, replicated=replicated, sharded=each is model)
+    if replicated:
+        parallel.replicate(model, processes)
+    else:
+        parallel.shard(model, list(model.layers), processes, bf16=False, num_copies=2)
     ids = torch.arange(OUT)[None]
     gathered = parallel.gather_model(model, processes)
     return {
@@ -235,6 +242,7 @@ def run(target: Path) -> None:
         "in all": compare(processes, num_copies=1),
         "copies": compare(processes, num_copies=copies),
     }
+    found["filled, whole"] = fill(processes, in_fp8=True, replicated=True)
     found["whole"] = compare(processes, replicated=True)
     found["whole, fp8"] = compare(
         processes, replicated=True, in_fp8=True, kind="adamw_8bit", bf16=False

@@ -106,7 +106,7 @@ def test_copies_exchange_gradients_once_a_step(found: dict[str, Any], way: str) 
     assert of(found, way)["num_exchanges"] == (9 if way in ("copies", "fp8", "fp8 and bf16") else 0)
 
 
-@pytest.mark.parametrize("way", ["filled", "filled in fp8"])
+@pytest.mark.parametrize("way", ["filled", "filled in fp8", "filled, whole"])
 def test_weights_of_one_process_are_shared_out_bit_for_bit(found: dict[str, Any], way: str) -> None:
     """The others begin on the meta device, without any, and with another random state."""
     if way not in found:
