@@ -213,7 +213,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(
 def test_whole_weights_come_to_the_same_and_their_checkpoints_go_on_in_one_process(
     alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From one process, in two with whole weights, in two with FSDP2, and on in one.
+    """From one process on in two with whole weights, in one, and in two once more.
 
     Those with whole weights skip a step that is bad in one of them, and stop for a signal to one.
     """
