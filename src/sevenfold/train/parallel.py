@@ -261,7 +261,7 @@ def _fill(model: nn.Module, whole: dict[str, Tensor], processes: Processes) -> N
     _fill_the_rest(model, processes)
 
 
-def exchanging_once(model: nn.Module, micro_batches: Iterable[T]) -> Iterator[T]:
+def exchanging_once(model: Any, micro_batches: Iterable[T]) -> Iterator[T]:
     """Let copies of a model sum their gradients with or after a step's last micro-batch only."""
     all_of_them = list(micro_batches)
     for number, each in enumerate(all_of_them, 1):
