@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._functorch import config as functorch
 
@@ -192,11 +193,22 @@ class Scalings(nn.Module):
         """Forget the magnitudes noted since the last :meth:`end`: their step was given up."""
         torch._foreach_zero_([scaling.amax for scaling in self._scalings])
 
+    def _noted(self) -> Tensor:
+        """Return a step's magnitudes; those that are not finite say nothing."""
+        noted = torch.stack([scaling.amax for scaling in self._scalings])
+        return torch.where(noted.isfinite(), noted, 0.0)
+
+    @torch.no_grad()
+    def agree(self, group: Any) -> None:
+        """Note the largest of the magnitudes that the processes of ``group`` have noted."""
+        noted = self._noted()
+        dist.all_reduce(noted, dist.ReduceOp.MAX, group=group)
+        torch._foreach_copy_([scaling.amax for scaling in self._scalings], list(noted.unbind()))
+
     @torch.no_grad()
     def end(self) -> None:
-        """Take a step's magnitudes into the history; those that are not finite say nothing."""
-        noted = torch.stack([scaling.amax for scaling in self._scalings])
-        noted = torch.where(noted.isfinite(), noted, 0.0)
+        """Take a step's magnitudes into the history."""
+        noted = self._noted()
         self.history.copy_(torch.cat([self.history[:, 1:], noted[:, None]], dim=1))
         self.begin()
 
@@ -268,6 +280,12 @@ def begin_step(model: nn.Module) -> None:
     """Begin the gradients of a step, or begin them again."""
     if scalings := _scalings_of(model):
         scalings.begin()
+
+
+def agree(model: nn.Module, group: Any) -> None:
+    """Let processes with whole weights end a step with the same magnitudes, so the same scales."""
+    if scalings := _scalings_of(model):
+        scalings.agree(group)
 
 
 def end_step(model: nn.Module) -> None:

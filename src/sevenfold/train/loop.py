@@ -19,7 +19,7 @@ from sevenfold.base.storage import JsonLines
 from sevenfold.data.batches import Batch, Batches
 from sevenfold.model import accumulating, float8
 from sevenfold.objective.next_token import Objective, Scorer
-from sevenfold.train import checkpoint, launch, optimizer, parallel, resuming
+from sevenfold.train import checkpoint, launch, optimizer, parallel, replicas, resuming
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.recovery import Decisions, RollBack, StepGuard, StopRequest, stop_on_signal
 from sevenfold.train.schedule import learning_rate
@@ -71,8 +71,8 @@ class Workbench:
 
     @property
     def trained(self) -> dict[str, Tensor]:
-        """The parameters that training changes, by name."""
-        return {n: p for n, p in self.scorer.named_parameters() if p.requires_grad}
+        """The parameters that training changes, by name; of whole ones on several GPUs, shares."""
+        return replicas.trained(self.scorer)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which this stage's forward passes run."""
@@ -155,8 +155,7 @@ def train_step(bench: Workbench, batch: Batch, length: int, stop: StopRequest) -
     optimizer.set_learning_rate(bench.optimizer, rate)
     sums = _fitting(bench, bench.step, length, lambda: _gradients(bench, batch, length, weight))
     bench.clock.mark(UPDATE)
-    parameters = list(bench.trained.values())
-    norm, grad_norm = optimizer.gradient_norm(parameters)
+    norm, grad_norm = optimizer.gradient_norm(bench.trained.values())
     launch.at_phase(bench.step + 1, "clip")
     row = {"loss": sums.pop("total") / max(weight, 1.0), "grad_norm": grad_norm, "lr": rate}
     if weight:
@@ -215,6 +214,7 @@ def _accumulate(bench: Workbench, batch: Batch, length: int, weight: float) -> d
 
     FSDP2 averages gradients over processes, so each multiplies by their number to get the sum.
     """
+    factor = parallel.num_averaged(bench.scorer, bench.processes) / max(weight, 1.0)
     rows = bench.memory.micro_batch * bench.config.longest_context // length
     sums: dict[str, Tensor] = {}
     float8.begin_step(bench.scorer)
@@ -226,7 +226,7 @@ def _accumulate(bench: Workbench, batch: Batch, length: int, weight: float) -> d
         if "oom" in asked | launch.at_phase(bench.step + 1, "backward"):
             raise torch.OutOfMemoryError("injected")
         total = summed.total * (float("nan") if "nan" in asked else 10 if "spike" in asked else 1)
-        (total * (bench.processes.world / max(weight, 1.0))).backward()
+        (total * factor).backward()
         for name, value in {"total": total.detach(), **summed.extras}.items():
             sums[name] = sums.get(name, 0.0) + value
     values = bench.processes.sum(torch.stack(list(sums.values())).double().tolist())

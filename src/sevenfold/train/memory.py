@@ -72,7 +72,8 @@ class Adapter:
 class Demand:
     """What decides the memory of a stage.
 
-    ``scored_share`` of the positions go through the head, those that carry loss.
+    ``scored_share`` of the positions go through the head, those that carry loss. Where weights are
+    ``replicated``, each GPU has whole ones and whole gradients, and a share of the moments.
     """
 
     model: ModelConfig
@@ -84,6 +85,12 @@ class Demand:
     adapter: Adapter | None
     four_bits: bool
     scored_share: float = 1.0
+    replicated: bool = False
+
+    @property
+    def num_shards(self) -> int:
+        """GPUs that weights and gradients are sharded over."""
+        return 1 if self.replicated else self.world_size
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -110,7 +117,7 @@ class Demand:
     def adds_in_products(self) -> bool:
         """True where weight gradients are added up in memory that is always there."""
         in_bf16 = self.precision == self.train.weights == "bf16"
-        return in_bf16 and self.world_size == 1 and self.adapter is None
+        return in_bf16 and self.num_shards == 1 and self.adapter is None
 
     def memory(self, seq_len: int) -> MemoryPlan:
         """Return the parts and the peak at ``seq_len``.
@@ -125,8 +132,8 @@ class Demand:
         trained = adapter.num_parameters if adapter else model.num_parameters
         kind = self.train.optimizer.kind
         gradient_bytes = 4 if adapter else BYTES[self.train.weights]
-        weights = self._weight_bytes() / self.world_size
-        gradients = trained * gradient_bytes / self.world_size
+        weights = self._weight_bytes() / self.num_shards
+        gradients = trained * gradient_bytes / self.num_shards
         states = trained * OPTIMIZER_BYTES[kind] / self.world_size
         gathered, loss = self._gathered_bytes(), self._loss_bytes(tokens)
         layer = tokens * self.layer_bytes_per_token()
@@ -137,16 +144,19 @@ class Demand:
             activations = tokens * per_token + layer
         inside = self._inside_layer_bytes(tokens)
         embedding = model.vocab_size * model.hidden_size
-        head_gradient = 0.0 if adapter else embedding * gradient_bytes / self.world_size
+        head_gradient = 0.0 if adapter else embedding * gradient_bytes / self.num_shards
         present = self.micro_batches_per_step > 1 or self.adds_in_products
         before = gradients if present else 0.0
         # A tied head's gradient waits for the embedding's.
         waiting = 0.0 if present and not model.tie_embeddings else head_gradient
         beginning = before + activations + max(loss, waiting + inside)
         ending = gradients + min(activations, layer) + inside
-        updating = (
-            gradients + OPTIMIZER_STEP_BYTES[kind] * min(embedding, trained) / self.world_size
-        )
+        largest = min(embedding, trained)
+        updating = gradients + OPTIMIZER_STEP_BYTES[kind] * largest / self.world_size
+        if self.replicated:
+            # All processes' parts of the largest gradient's rows, and their sum in fp32.
+            exchanging = largest * (gradient_bytes + 4 / self.world_size)
+            updating = max(updating, gradients + exchanging)
         static = weights + states + OVERHEAD_GIB * GIB
         peak = static + max(gathered + max(beginning, ending), updating)
         return MemoryPlan(
@@ -180,7 +190,7 @@ class Demand:
         if self.four_bits:
             # One matrix at a time is made anew from its four bits.
             return float(model.hidden_size * model.intermediate_size * compute)
-        if self.world_size == 1:
+        if self.num_shards == 1:
             # Autocast keeps a bf16 copy of every fp32 weight from forward to backward.
             return float(model.num_matmul_parameters * 2) if self.under_autocast else 0.0
         # FSDP2: the root's weights stay whole, two layers are whole at a time, and one layer's

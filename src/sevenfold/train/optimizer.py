@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from sevenfold.base.errors import CheckpointError
 from sevenfold.model import float8
-from sevenfold.train import adamw_8bit
+from sevenfold.train import adamw_8bit, replicas
 from sevenfold.train.adamw_8bit import AdamW8bit
 from sevenfold.train.config import OptimizerConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Return AdamW over the trainable parameters; vectors (norms, biases) do not decay."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = list(replicas.trained(model).values())
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
@@ -45,6 +45,7 @@ def _count_update(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 def update(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Apply the gradients of a step, which is over with that."""
     optimizer.step()
+    replicas.gather(model)
     float8.end_step(model)
 
 
@@ -163,5 +164,5 @@ def parameters(optimizer: torch.optim.Optimizer) -> list[Any]:
 
 def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     """Return the names of the optimizer's parameters, in its order."""
-    by_identity = {id(parameter): name for name, parameter in model.named_parameters()}
+    by_identity = {id(parameter): name for name, parameter in replicas.trained(model).items()}
     return [by_identity[id(parameter)] for parameter in parameters(optimizer)]

@@ -22,6 +22,7 @@ from sevenfold.base.errors import UsageError
 from sevenfold.base.hardware import training_device
 from sevenfold.model import float8
 from sevenfold.train import optimizer as optimizers
+from sevenfold.train import replicas
 from sevenfold.train.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -139,10 +140,22 @@ def _require_address(host: str) -> None:
         ) from None
 
 
+def may_keep_whole(config: TrainConfig, processes: Processes) -> bool:
+    """Whether several GPUs of this kind of machine may keep whole weights.
+
+    Within a node, and where weights need no autocast, which several processes do without.
+    """
+    one_node = processes.per_node == processes.world
+    return replicas.WANTED and one_node and not _is_mixed(config)
+
+
+def _is_mixed(config: TrainConfig) -> bool:
+    return config.weights == "fp32" and config.precision in ("bf16", "fp8", "fp8_torchao")
+
+
 def autocast(config: TrainConfig, processes: Processes) -> AbstractContextManager[Any]:
     """Compute in bf16 where weights are kept in fp32 on a single GPU; FSDP2 casts itself."""
-    mixed = config.weights == "fp32" and config.precision in ("bf16", "fp8", "fp8_torchao")
-    if mixed and processes.world == 1:
+    if _is_mixed(config) and processes.world == 1:
         return torch.autocast(processes.device.type, dtype=torch.bfloat16)
     return nullcontext()
 
@@ -165,7 +178,7 @@ def shard(
     """
     if processes.world == 1:
         return
-    empty = processes.sum([float(any(p.is_meta for p in scorer.parameters()))])[0] > 0
+    empty = _is_empty_somewhere(scorer, processes)
     whole = dict(scorer.state_dict()) if empty and processes.is_main else {}
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -195,32 +208,80 @@ def shard(
     float8.scale_sharded_weights(scorer)
 
 
-def _fill(model: nn.Module, whole: dict[str, Tensor], processes: Processes) -> None:
-    """Give all processes their shares of the main process's weights, and its random state."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+def replicate(scorer: nn.Module, processes: Processes) -> None:
+    """Keep whole weights in every process, each of which updates its share; see `replicas`.
 
+    Where the main process alone has weights and others are on the meta device, all get its own.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh(processes.device.type, (processes.world,), mesh_dim_names=("shards",))
+    if _is_empty_somewhere(scorer, processes):
+        _make_room(scorer, processes)
+        scorer.to(processes.device)
+        for parameter in scorer.parameters():
+            dist.broadcast(parameter.detach(), 0)
+        _fill_the_rest(scorer, processes)
+    replicas.share_out(scorer, mesh)
+    if processes.is_main:
+        log.info("%d processes with whole weights, which share the update out", processes.world)
+
+
+def _is_empty_somewhere(model: nn.Module, processes: Processes) -> bool:
+    return processes.sum([float(any(p.is_meta for p in model.parameters()))])[0] > 0
+
+
+def _make_room(model: nn.Module, processes: Processes) -> None:
+    """Put weights that are on the meta device, if they are, onto this process's, without values."""
     if any(p.is_meta for p in model.parameters()):
         model.to_empty(device=processes.device)
         for module in model.modules():  # tied weights are two empty ones now
             if callable(tie := getattr(module, "tie_weights", None)):
                 tie()
-    plain: dict[str, Any] = {name: float8.plain(tensor) for name, tensor in whole.items()}
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, plain, options=options)
+
+
+def _fill_the_rest(model: nn.Module, processes: Processes) -> None:
+    """Give all processes the main one's buffers and its random state."""
     for buffer in model.buffers():
-        dist.broadcast(buffer, 0)
+        # As bytes where they are some: not everything that exchanges numbers knows FP8.
+        dist.broadcast(buffer.view(torch.uint8) if buffer.itemsize == 1 else buffer, 0)
     random = torch.get_rng_state().to(processes.device)
     dist.broadcast(random, 0)
     torch.set_rng_state(random.cpu())
 
 
+def _fill(model: nn.Module, whole: dict[str, Tensor], processes: Processes) -> None:
+    """Give all processes their shares of the main process's weights, and its random state."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    _make_room(model, processes)
+    plain: dict[str, Any] = {name: float8.plain(tensor) for name, tensor in whole.items()}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, plain, options=options)
+    _fill_the_rest(model, processes)
+
+
 def exchanging_once(model: Any, micro_batches: Iterable[T]) -> Iterator[T]:
-    """Let the copies of a sharded model sum their gradients with a step's last micro-batch only."""
+    """Let copies of a model sum their gradients with or after a step's last micro-batch only."""
     all_of_them = list(micro_batches)
     for number, each in enumerate(all_of_them, 1):
         if hasattr(model, "set_requires_all_reduce"):
             model.set_requires_all_reduce(number == len(all_of_them))
         yield each
+    replicas.exchange(model)
+
+
+def num_averaged(model: nn.Module, processes: Processes) -> int:
+    """Return over how many processes gradients are averaged; those of whole weights are summed.
+
+    So these are as large as in one process, and FP8 goes on with the scales of another number.
+    """
+    return 1 if is_whole(model) else processes.world
+
+
+def is_whole(model: nn.Module) -> bool:
+    """Whether this process has all rows of all weights."""
+    return not any(hasattr(parameter, "to_local") for parameter in model.parameters())
 
 
 def not_finite(tensors: Mapping[str, Any], processes: Processes) -> list[str]:
@@ -231,8 +292,8 @@ def not_finite(tensors: Mapping[str, Any], processes: Processes) -> list[str]:
 
 
 def gather_model(model: nn.Module, processes: Processes) -> dict[str, Tensor]:
-    """Return all parameters and buffers whole, on the CPU of the main process."""
-    if processes.world == 1:
+    """Return all parameters and buffers whole; sharded ones on the CPU of the main process."""
+    if processes.world == 1 or is_whole(model):
         return dict(model.state_dict())
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -246,7 +307,7 @@ def scatter_model(model: nn.Module, state: dict[str, Tensor], processes: Process
 
     Weights that ``state`` does not name (frozen ones) stay as they are.
     """
-    if processes.world == 1:
+    if processes.world == 1 or is_whole(model):
         model.load_state_dict(state, strict=False)
         return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict

@@ -95,6 +95,7 @@ def plan(
     num_steps: int,
     precision: Precision,
     world_size: int = 1,
+    replicated: bool = False,
     loss_kernel: LossKernel = "chunked",
     compiled: bool = True,
     num_trainable_parameters: int | None = None,
@@ -112,6 +113,7 @@ def plan(
         num_steps: optimizer steps.
         precision: what ``train.precision`` came to on the hardware meant.
         world_size: GPUs that the weights are sharded over.
+        replicated: each has whole weights and gradients, and a share of the optimizer's state.
         loss_kernel: how the head's loss is computed, as in objective.linear_cross_entropy.
         compiled: whether layers are compiled; uncompiled ones keep more.
         num_trainable_parameters: None for all; else an adapter's of all linear modules.
@@ -126,6 +128,7 @@ def plan(
         train=train,
         precision=precision,
         world_size=world_size,
+        replicated=replicated,
         loss_kernel=loss_kernel,
         compiled=compiled,
         adapter=adapter or _whole_adapter(num_trainable_parameters),

@@ -206,7 +206,9 @@ def _planned_gib(asked: Bench, tried: trial.Trial, found: trial.Measured, length
         scored_share=found.scored_share,
     )
     kernel: Any = tried.scorer.kernel
-    return dataclasses.replace(demand, loss_kernel=kernel).memory(length).peak_gib
+    whole = tried.processes.world > 1 and parallel.is_whole(tried.scorer)
+    demand = dataclasses.replace(demand, loss_kernel=kernel, replicated=whole)
+    return demand.memory(length).peak_gib
 
 
 def _facts(asked: Bench, tried: trial.Trial, length: int) -> dict[str, Any]:

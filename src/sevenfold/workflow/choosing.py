@@ -64,6 +64,7 @@ def demand_of(
         adapter=None if lora is None else adapter_of(recipe, model),
         four_bits=lora is not None and lora.base == "nf4",
         scored_share=scored_share,
+        replicated=world_size > 1 and precision == "fp8",  # ours is not sharded
     )
 
 

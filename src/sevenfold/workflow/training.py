@@ -78,7 +78,10 @@ def decide(config: TrainConfig) -> TrainConfig:
         precision = "fp8" if gpu["supports_fp8"] else "bf16" if gpu["num_gpus"] else "fp32"
     if compile_mode == "auto":
         compile_mode = gpu["compile_mode"]  # type: ignore[assignment]
-    if precision == "fp8" and (gpu["num_gpus"] > 1 or parallel.join().world > 1):
+    processes = parallel.join()
+    decided = dataclasses.replace(config, precision=precision)
+    whole = parallel.may_keep_whole(decided, processes)
+    if precision == "fp8" and not whole and (gpu["num_gpus"] > 1 or processes.world > 1):
         precision = "fp8_torchao"
         log.warning("fp8: several GPUs train with torchao's recipe (precision fp8_torchao)")
     if precision in ("fp8", "fp8_torchao"):

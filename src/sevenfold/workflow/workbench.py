@@ -136,7 +136,11 @@ def place(scorer: Scorer, config: TrainConfig, processes: parallel.Processes) ->
     What earlier stages in this process compiled is forgotten first: PyTorch keeps eight variants
     of a function (lengths, rows, with and without gradients) and runs any further one uncompiled.
     """
-    if processes.world == 1 and processes.device.type == "cuda" and _is_all_bf16(scorer, config):
+    whole = keeps_whole(scorer, config, processes)
+    if whole:
+        parallel.replicate(scorer, processes)
+    alone = processes.world == 1 or whole
+    if alone and processes.device.type == "cuda" and _is_all_bf16(scorer, config):
         accumulating.accumulate_in_products(scorer.model)
     layers = list(scorer.causal_model.get_decoder().layers)
     if config.compile != "none":
@@ -144,9 +148,24 @@ def place(scorer: Scorer, config: TrainConfig, processes: parallel.Processes) ->
         functorch.activation_memory_budget = CHEAP if config.recompute == "cheap" else 1.0
         for layer in layers:
             layer.compile(mode=COMPILE_MODES[config.compile], dynamic=False)
-    copies, whole = sharding(scorer, config, processes)
-    bf16 = config.precision != "fp32"
-    parallel.shard(scorer, layers, processes, bf16=bf16, num_copies=copies, keep_whole=whole)
+    if not alone:
+        copies, gathered = sharding(scorer, config, processes)
+        bf16 = config.precision != "fp32"
+        parallel.shard(scorer, layers, processes, bf16=bf16, num_copies=copies, keep_whole=gathered)
+
+
+def keeps_whole(scorer: Scorer, config: TrainConfig, processes: parallel.Processes) -> bool:
+    """Return whether each of several processes keeps whole weights and updates a share of them.
+
+    Where the planned peak leaves room for it; our FP8 is not sharded, so it tries without asking.
+    """
+    if processes.world == 1 or not parallel.may_keep_whole(config, processes):
+        return False
+    if config.precision == "fp8":
+        return True
+    room_gib = WHOLE_WEIGHTS_FRACTION * detect_gpu_type()["memory_gib"]
+    peak_gib = _peak_gib(scorer, config, processes, replicated=True)
+    return processes.agree(peak_gib <= room_gib)
 
 
 def sharding(
@@ -171,7 +190,12 @@ def sharding(
 
 
 def _peak_gib(
-    scorer: Scorer, config: TrainConfig, processes: parallel.Processes, copies: int
+    scorer: Scorer,
+    config: TrainConfig,
+    processes: parallel.Processes,
+    copies: int = 1,
+    *,
+    replicated: bool = False,
 ) -> float:
     trained = [p for p in scorer.parameters() if p.requires_grad]
     trains_all = len(trained) == len(list(scorer.parameters()))
@@ -182,6 +206,7 @@ def _peak_gib(
         num_steps=1,
         precision=config.precision,  # type: ignore[arg-type]
         world_size=num_shards,
+        replicated=replicated,
         loss_kernel=scorer.kernel,  # type: ignore[arg-type]
         compiled=config.compile != "none",
         num_trainable_parameters=None if trains_all else sum(p.numel() for p in trained),

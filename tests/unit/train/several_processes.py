@@ -24,11 +24,13 @@ IN_8_BITS = dataclasses.replace(
 )
 
 
-def main(folder: Path, micro_batch: int, odd_rank: int, in_8_bits: str = "") -> None:
+def main(folder: Path, micro_batch: int, odd_rank: int, *how: str) -> None:
     """Train to the end, going on from a checkpoint where there is one.
 
-    ``odd_rank`` is the process that is started with other data than the rest, -1 for none.
+    ``odd_rank`` is the process that is started with other data than the rest, -1 for none. ``how``:
+    "in 8 bits", with "whole" weights in each process.
     """
+    in_8_bits = "in 8 bits" in how
     processes = parallel.join()
     if (folder / "recovery.json").exists():
         os.environ.pop(faults.VARIABLE, None)  # memory that is enough now does not run out again
@@ -40,7 +42,10 @@ def main(folder: Path, micro_batch: int, odd_rank: int, in_8_bits: str = "") -> 
     if processes.world == 1:
         made.scorer.to(processes.device)
     layers = list(made.scorer.causal_model.model.layers)
-    parallel.shard(made.scorer, layers, processes, bf16=bool(in_8_bits))
+    if "whole" in how and processes.world > 1:
+        parallel.replicate(made.scorer, processes)
+    else:
+        parallel.shard(made.scorer, layers, processes, bf16=in_8_bits)
     made.processes = processes
     made.optimizer = optimizer.make_optimizer(made.scorer, config.optimizer)
     rows = made.batches.source

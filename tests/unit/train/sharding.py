@@ -16,11 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sevenfold.model import float8
-from sevenfold.train import adamw_8bit, checkpoint, parallel
+from sevenfold.train import adamw_8bit, checkpoint, parallel, replicas
 from sevenfold.train import optimizer as optimizers
 from sevenfold.train.config import OptimizerConfig
 
-STEPS, MICRO_BATCHES, WIDTH, INNER = 3, 2, 256, 32
+# Five rows are not as many in each of four processes: the last has none.
+STEPS, MICRO_BATCHES, WIDTH, INNER, OUT = 3, 2, 256, 32, 5
 
 
 class Layer(nn.Module):
@@ -41,7 +42,7 @@ class Toy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList([Layer(), Layer()])
-        self.head = nn.Linear(WIDTH, 16)
+        self.head = nn.Linear(WIDTH, OUT)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
@@ -66,12 +67,13 @@ def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, rows: Tensor, processes: parallel.Processes
 ) -> dict[str, list[float]]:
     """Train as the loop does; return losses, gradients' norms and how far these are off."""
-    losses, off, norms, parameters = [], [], [], list(model.parameters())
+    losses, off, norms, parameters = [], [], [], list(replicas.trained(model).values())
+    factor = parallel.num_averaged(model, processes) / 1000
     for _ in range(STEPS):
         total = 0.0
         for row in parallel.exchanging_once(model, rows):
             loss = model(row)
-            (loss * processes.world / 1000).backward()
+            (loss * factor).backward()
             total += float(loss.detach())
         norm, number = optimizers.gradient_norm(parameters)
         whole = [getattr(p.grad, "full_tensor", lambda found=p.grad: found)() for p in parameters]
@@ -86,13 +88,21 @@ def train(
 
 
 def digest_of_share(model: nn.Module) -> str:
-    return checkpoint.digest({n: adamw_8bit._local(p) for n, p in model.named_parameters()})
+    return checkpoint.digest({n: adamw_8bit._local(p) for n, p in model.state_dict().items()})
+
+
+def to_float8(model: nn.Module, *, replicated: bool, sharded: bool) -> None:
+    if replicated:
+        float8.convert_to_float8(model, emulate=True)
+    else:
+        float8.convert_with_torchao(model, emulate=True, sharded=sharded)
 
 
 def compare(
     processes: parallel.Processes,
     *,
-    num_copies: int,
+    num_copies: int = 1,
+    replicated: bool = False,
     keep_whole: bool = False,
     in_fp8: bool = False,
     kind: str = "adamw",
@@ -106,13 +116,15 @@ def compare(
     torch.manual_seed(0)
     whole, later = Toy().to(dtype), Toy().to(dtype)
     sharded = copy.deepcopy(whole)
-    if in_fp8:
-        float8.convert_with_torchao(whole, emulate=True)
-    for each in (sharded, later):
+    for each in (whole, sharded, later):
         if in_fp8:
-            float8.convert_with_torchao(each, emulate=True, sharded=True)
-        how = {"bf16": bf16, "keep_whole": keep_whole, "num_copies": num_copies}
-        parallel.shard(each, list(each.layers), processes, **how)
+            to_float8(each, replicated=replicated, sharded=each is not whole)
+    for each in (sharded, later):
+        if replicated:
+            parallel.replicate(each, processes)
+        else:
+            how = {"bf16": bf16, "keep_whole": keep_whole, "num_copies": num_copies}
+            parallel.shard(each, list(each.layers), processes, **how)
     rows = torch.randn(processes.world * MICRO_BATCHES, 4, WIDTH, dtype=dtype)
     own = rows[processes.rank :: processes.world]
     alone = parallel.Processes(rank=0, world=1, device=processes.device)
@@ -123,10 +135,10 @@ def compare(
     num_exchanges = len(EXCHANGES)
     parts: list[Any] = [None] * processes.world
     dist.all_gather_object(parts, digest_of_share(sharded))
-    gathered = [parallel.gather_model(sharded, processes)]
+    gathered = [{n: t.clone() for n, t in parallel.gather_model(sharded, processes).items()}]
     dist.broadcast_object_list(gathered)
-    taken = parallel.gather_optimizer(sharded, optimizer, processes)
-    moments = {name: value.clone() for name, value in taken.items()}
+    moments = parallel.gather_optimizer(sharded, optimizer, processes)
+    moments = {name: value.clone() for name, value in moments.items()}
     other = make_optimizer(later, kind)
     parallel.scatter_model(later, gathered[0], processes)
     parallel.scatter_optimizer(later, other, dict(moments), processes)
@@ -137,10 +149,7 @@ def compare(
     other_on = train(later, other, own, processes)
     return {
         **{name: [expected[name], found[name]] for name in expected},
-        "weights": [
-            float((gathered[0][name] - value).abs().max())
-            for name, value in whole.state_dict().items()
-        ],
+        "weights": [float((gathered[0][n] - t).abs().max()) for n, t in whole.state_dict().items()],
         "parts": parts,
         "same_moments": all(torch.equal(again[name], moments[name]) for name in moments),
         "later": [on, other_on],
@@ -154,7 +163,7 @@ class Tied(Toy):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table = nn.Embedding(16, WIDTH)
+        self.table = nn.Embedding(OUT, WIDTH)
         self.register_buffer("factors", torch.rand(WIDTH), persistent=False)
         self.tie_weights()
 
@@ -165,7 +174,9 @@ class Tied(Toy):
         return super().forward(self.table(ids) * self.factors)
 
 
-def fill(processes: parallel.Processes, *, in_fp8: bool) -> dict[str, Any]:
+def fill(
+    processes: parallel.Processes, *, in_fp8: bool, replicated: bool = False
+) -> dict[str, Any]:
     """Return whether weights that one process draws are all processes' after sharding."""
     torch.manual_seed(0)
     expected = Tied()
@@ -175,9 +186,12 @@ def fill(processes: parallel.Processes, *, in_fp8: bool) -> dict[str, Any]:
         model = Tied()
     if in_fp8:
         for each in (expected, model):
-            float8.convert_with_torchao(each, emulate=True, sharded=each is model)
-    parallel.shard(model, list(model.layers), processes, bf16=False, num_copies=2)
-    ids = torch.arange(16)[None]
+            to_float8(each, replicated=replicated, sharded=each is model)
+    if replicated:
+        parallel.replicate(model, processes)
+    else:
+        parallel.shard(model, list(model.layers), processes, bf16=False, num_copies=2)
+    ids = torch.arange(OUT)[None]
     gathered = parallel.gather_model(model, processes)
     return {
         "losses": [float(each(ids).detach()) for each in (expected, model)],
@@ -228,6 +242,12 @@ def run(target: Path) -> None:
         "in all": compare(processes, num_copies=1),
         "copies": compare(processes, num_copies=copies),
     }
+    found["filled, whole"] = fill(processes, in_fp8=True, replicated=True)
+    found["whole"] = compare(processes, replicated=True)
+    found["whole, fp8"] = compare(
+        processes, replicated=True, in_fp8=True, kind="adamw_8bit", bf16=False
+    )
+    found["whole, bf16"] = compare(processes, replicated=True, kind="adamw_8bit", bf16=True)
     found["filled"] = fill(processes, in_fp8=False)
     found["norm of one row"] = norm_of_one_row(processes)
     if "torchao" in sys.argv:

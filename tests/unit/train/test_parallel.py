@@ -210,6 +210,32 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(
 
 
 @pytest.mark.fault("C09")
+def test_whole_weights_come_to_the_same_and_their_checkpoints_go_on_in_one_process(
+    alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From one process on in two with whole weights, in one, and in two once more.
+
+    Those with whole weights skip a step that is bad in one of them, and stop for a signal to one.
+    """
+    shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
+    for step in ("20", "24"):
+        shutil.rmtree(tmp_path / "checkpoints" / f"step-000000{step}")
+    monkeypatch.setenv("SEVENFOLD_FAULTS", "term@step=18:rank=1")
+    assert train(tmp_path, 2, "-1", "whole") == 75
+    assert checkpoints(tmp_path)[-1] in ("step-00000018", "step-00000019")
+    monkeypatch.setenv("SEVENFOLD_FAULTS", "term@step=21")
+    assert train(tmp_path, 1) == 75
+    monkeypatch.setenv("SEVENFOLD_FAULTS", "nan@step=24:rank=1")
+    assert train(tmp_path, 2, "-1", "whole") == 0
+    events = [row for row in JsonLines(tmp_path / "metrics.jsonl").read() if "event" in row]
+    skips = [row for row in events if row["event"] == "skip"]
+    assert [row["step"] for row in skips] == [24]
+    assert "model.model.embed_tokens.weight" in skips[0]["tensors"]
+    assert np.allclose(losses(alone)[:23], losses(tmp_path)[:23], rtol=1e-4)
+    assert losses(alone)[:15] == losses(tmp_path)[:15]
+
+
+@pytest.mark.fault("C09")
 def test_8_bit_moments_are_shared_out_and_gathered_like_weights(tmp_path: Path) -> None:
     """Two processes go on where one was; weights are rounded by chance: losses differ by per cents.
 

@@ -15,6 +15,7 @@ from sevenfold.base.errors import BadDataError, UsageError
 from sevenfold.base.hardware import GPUInfo, detect_gpu_type
 from sevenfold.base.records import Run, Source
 from sevenfold.model import float8
+from sevenfold.train import replicas
 from sevenfold.workflow import contamination, planning, prepare, prepared, training
 
 RECIPE: Any = types.SimpleNamespace()
@@ -105,6 +106,18 @@ def test_force_is_refused_where_it_has_no_effect(run: Run, tmp_path: Path, resum
     else:
         with pytest.raises(UsageError, match="no effect"):
             training.open_source(run, "init", options)
+
+
+@pytest.mark.parametrize(("weights", "decided"), [("bf16", "fp8"), ("fp32", "fp8_torchao")])
+def test_gpus_that_keep_whole_weights_train_our_fp8(
+    weights: Any, decided: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = GPUInfo(**{**detect_gpu_type(), "num_gpus": 4, "supports_fp8": True})  # type: ignore[typeddict-item]
+    monkeypatch.setattr(training, "detect_gpu_type", lambda: gpu)
+    monkeypatch.setattr(float8, "require_float8", lambda *, torchao: None)
+    monkeypatch.setattr(replicas, "WANTED", True)
+    config = dataclasses.replace(CONFIG, precision="fp8", weights=weights)
+    assert training.decide(config).precision == decided
 
 
 @pytest.mark.parametrize(

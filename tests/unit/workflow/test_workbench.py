@@ -15,7 +15,7 @@ from torch._functorch import config as functorch
 
 from sevenfold.base.errors import UsageError
 from sevenfold.model.config import KernelConfig
-from sevenfold.train import parallel
+from sevenfold.train import parallel, replicas
 from sevenfold.workflow import cli, training, workbench
 from sevenfold.workflow import recipe as recipes
 
@@ -160,6 +160,43 @@ def test_memory_decides_how_the_7b_is_shared_out(
         rank=0, world=nodes * per_node, device=torch.device("cpu"), per_node=per_node
     )
     assert workbench.sharding(scorer, config, processes) == expected
+
+
+@pytest.mark.parametrize(
+    ("wanted", "nodes", "weights", "precision", "memory_gib", "expected"),
+    [
+        (True, 1, "bf16", "bf16", 60, True),
+        (True, 1, "bf16", "bf16", 57, False),
+        (True, 1, "bf16", "fp8", 57, True),
+        (True, 1, "fp32", "bf16", 140, False),
+        (True, 2, "bf16", "fp8", 140, False),
+        (False, 1, "bf16", "bf16", 80, False),
+    ],
+)
+def test_gpus_of_one_node_keep_whole_weights_where_they_fit(
+    wanted: bool,
+    nodes: int,
+    weights: Any,
+    precision: Any,
+    memory_gib: float,
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A 7B's 2 rows on each of two GPUs: 52.5 GiB planned, of which 90 % of 60 have room."""
+    monkeypatch.setattr(replicas, "WANTED", wanted)
+    monkeypatch.setattr(workbench, "detect_gpu_type", lambda: {"memory_gib": memory_gib})
+    _, recipe = recipes.resolve("7b", overrides=["pretrain.micro_batch=2"])
+    adamw = dataclasses.replace(recipe.pretrain.optimizer, kind="adamw")
+    config = dataclasses.replace(recipe.pretrain, precision=precision)
+    if weights == "fp32":
+        config = dataclasses.replace(config, weights=weights, optimizer=adamw)
+    model = types.SimpleNamespace(config=recipe.model.to_hf())
+    weight = [torch.nn.Parameter(torch.zeros(1))]
+    scorer: Any = types.SimpleNamespace(
+        causal_model=model, kernel="chunked", parameters=lambda: iter(weight)
+    )
+    processes = Agreeing(rank=0, world=2, device=torch.device("cpu"), per_node=2 // nodes)
+    assert workbench.keeps_whole(scorer, config, processes) is expected
 
 
 def test_four_bits_train_on_one_gpu() -> None:
