@@ -80,9 +80,15 @@ def clip_gradients(optimizer: torch.optim.Optimizer, clip_norm: float, norm: Ten
 
 
 def draw_gradients(parameters: Iterable[Tensor]) -> None:
-    """Give every parameter a random gradient: what a benchmark of the optimizer works on."""
+    """Give every parameter a random gradient: what a benchmark of the optimizer works on.
+
+    A gradient that has memory already is drawn there.
+    """
     for parameter in parameters:
-        parameter.grad = torch.randn_like(parameter)
+        if parameter.grad is None:
+            parameter.grad = torch.randn_like(parameter)
+        else:
+            parameter.grad.normal_()
 
 
 def state_bytes(model: nn.Module, config: OptimizerConfig) -> int:

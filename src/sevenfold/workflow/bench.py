@@ -23,8 +23,8 @@ from sevenfold.base import console, hardware, records, storage
 from sevenfold.base.errors import CheckpointError, UsageError
 from sevenfold.data.packing import PackedPreferences
 from sevenfold.data.random_rows import RandomRows
-from sevenfold.model import kernels
-from sevenfold.train import checkpoint, loop, optimizer, parallel, resuming
+from sevenfold.model import accumulating, kernels
+from sevenfold.train import checkpoint, loop, optimizer, parallel, replicas, resuming
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.watching import OTHER, WAIT, Stopwatch, totals
 from sevenfold.workflow import (
@@ -368,8 +368,12 @@ def _optimizer(asked: Bench) -> Iterator[dict[str, Any]]:
     optimizer.set_learning_rate(made.optimizer, asked.config.schedule.peak_lr)
     parameters = list(made.trained.values())
     watch = Stopwatch(0, device=tried.processes.device)
+    wholes = [p for p in tried.scorer.parameters() if p.requires_grad]
     for _ in range(trial.WARM_UP + asked.num_steps):
-        optimizer.draw_gradients(parameters)
+        # In the memory that training has them in, so that the peak is that of an update.
+        accumulating.begin_step(tried.scorer)
+        optimizer.draw_gradients(wholes)
+        replicas.exchange(tried.scorer)
         watch.mark(WAIT)
         watch.mark("clip")
         norm, _value = optimizer.gradient_norm(parameters)

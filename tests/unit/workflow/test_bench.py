@@ -13,8 +13,9 @@ import torch
 
 from sevenfold.base import hardware
 from sevenfold.base.errors import CheckpointError, DivergedError, StoppedError
+from sevenfold.model import accumulating
 from sevenfold.objective.next_token import NEXT_TOKEN, Objective
-from sevenfold.train import checkpoint, loop
+from sevenfold.train import checkpoint, loop, optimizer
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.recovery import StopRequest
 from sevenfold.workflow import bench, cli, rehearsal, steps, toy, trial, workbench
@@ -109,6 +110,35 @@ def test_optimizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (line,) = run("optimizer", tmp_path, capsys, "--steps", "3")
     assert line["optimizer_s"] > line["update_s"] > 0
     assert line["parameters"] > 1000
+
+
+def test_gradients_for_the_optimizer_lie_where_training_sums_them_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a GPU in bf16; gradients of their own beside the sums would count twice in the peak."""
+    layers: list[accumulating.AccumulatingLinear] = []
+
+    def prepare(*asked: Any) -> trial.Trial:
+        made = trial_prepare(*asked)
+        accumulating.accumulate_in_products(made.scorer.model)
+        found = (m for m in made.scorer.modules() if hasattr(m, "total"))
+        layers.extend(found)  # type: ignore[arg-type]
+        return made
+
+    seen: list[bool] = []
+
+    def norm(parameters: Any) -> Any:
+        gradients = {p.grad.data_ptr() for p in parameters}
+        seen.append(all(layer.total.data_ptr() in gradients for layer in layers))
+        return gradient_norm(parameters)
+
+    trial_prepare, gradient_norm = trial.prepare, optimizer.gradient_norm
+    monkeypatch.setattr(trial, "prepare", prepare)
+    monkeypatch.setattr(optimizer, "gradient_norm", norm)
+    run("optimizer", tmp_path, capsys, "--steps", "1")
+    assert len(layers) == 7
+    assert all(seen)
+    assert all(float(layer.total.std()) > 0 for layer in layers)
 
 
 def test_restored_weights_that_differ_are_an_error(
