@@ -123,7 +123,7 @@ def train_variant(options: argparse.Namespace, model_name: str, variant: str) ->
     """Train one variant and print a line of JSON for each step, and one at the end."""
     import torch
 
-    from sevenfold.train import loop, planner
+    from sevenfold.train import loop, memory, planner
     from sevenfold.workflow import recipe as recipes
     from sevenfold.workflow import training
 
@@ -143,10 +143,9 @@ def train_variant(options: argparse.Namespace, model_name: str, variant: str) ->
     count = bench.validation[0].num_rows
     print_line({"event": "built", "seconds": time.perf_counter() - started, "held_out_rows": count})
     last = loop.fit(bench)
-    planned = planner.plan(
-        recipe.model,
-        tried.config,
-        num_steps=steps,
+    demand = memory.Demand(
+        model=recipe.model,
+        train=tried.config,
         precision="fp8" if emulated else tried.config.precision,
         loss_kernel=tried.scorer.kernel,
         compiled=tried.config.compile != "none",
@@ -157,7 +156,7 @@ def train_variant(options: argparse.Namespace, model_name: str, variant: str) ->
         "seconds_in_steps": bench.elapsed_s,
         "steps_skipped": bench.guard.num_skipped,
         "peak_gib": last["mem_gib"],
-        "planned_gib": planned.peak_gib,
+        "planned_gib": planner.plan(demand, num_steps=steps).peak_gib,
     }
     print_line(done)
 

@@ -30,6 +30,7 @@ from sevenfold.train.config import (
     ScheduleConfig,
     TrainConfig,
 )
+from sevenfold.train.memory import Demand
 from sevenfold.train.planner import plan
 
 pytestmark = [
@@ -249,7 +250,8 @@ def test_the_7bs_layers_need_what_the_planner_counts(precision: Any) -> None:
     )
     if precision == "fp8" and (reason := why_not_float8()):
         pytest.skip(reason)
-    planned = plan(config, train, num_steps=1, precision=precision, loss_kernel="cce").memory[0]
+    demand = Demand(model=config, train=train, precision=precision, loss_kernel="cce")
+    planned = plan(demand, num_steps=1).memory[0]
     model = initialize(config, INIT, 0, torch.bfloat16, "cuda")
     if precision == "fp8":
         convert_to_float8(model)

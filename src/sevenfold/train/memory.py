@@ -78,12 +78,12 @@ class Demand:
 
     model: ModelConfig
     train: TrainConfig
-    precision: str
-    world_size: int
-    loss_kernel: LossKernel
-    compiled: bool
-    adapter: Adapter | None
-    four_bits: bool
+    precision: Precision
+    world_size: int = 1
+    loss_kernel: LossKernel = "chunked"
+    compiled: bool = True
+    adapter: Adapter | None = None
+    four_bits: bool = False
     scored_share: float = 1.0
     replicated: bool = False
 

@@ -33,7 +33,7 @@ from sevenfold.base.errors import UsageError
 from sevenfold.base.hardware import GPUInfo
 from sevenfold.model.config import ModelConfig
 from sevenfold.train.config import TrainConfig
-from sevenfold.train.memory import GIB, Adapter, Demand, LossKernel, MemoryPlan, Precision
+from sevenfold.train.memory import GIB, Demand, MemoryPlan
 
 # Measured on two CPU cores: 5.4 M parameters, 3,000 tokens/s, eager fp32.
 CPU_FLOPS = 0.1e12
@@ -89,63 +89,17 @@ class Rate:
 
 
 def plan(
-    model: ModelConfig,
-    train: TrainConfig,
-    *,
-    num_steps: int,
-    precision: Precision,
-    world_size: int = 1,
-    replicated: bool = False,
-    loss_kernel: LossKernel = "chunked",
-    compiled: bool = True,
-    num_trainable_parameters: int | None = None,
-    adapter: Adapter | None = None,
-    four_bits: bool = False,
-    scored_share: float = 1.0,
-    rate: Rate | None = None,
-    price_per_gpu_hour: float | None = None,
-) -> Plan:
-    """Plan one training stage.
-
-    Args:
-        model: what is trained.
-        train: the stage's settings.
-        num_steps: optimizer steps.
-        precision: what ``train.precision`` came to on the hardware meant.
-        world_size: GPUs that the weights are sharded over.
-        replicated: each has whole weights and gradients, and a share of the optimizer's state.
-        loss_kernel: how the head's loss is computed, as in objective.linear_cross_entropy.
-        compiled: whether layers are compiled; uncompiled ones keep more.
-        num_trainable_parameters: None for all; else an adapter's of all linear modules.
-        adapter: the adapter, where more is known of it.
-        four_bits: the layers' frozen matrices are kept in NF4.
-        scored_share: the share of positions that carry loss.
-        rate: how fast a GPU is; without it there is no time and no cost.
-        price_per_gpu_hour: in any currency.
-    """
-    demand = Demand(
-        model=model,
-        train=train,
-        precision=precision,
-        world_size=world_size,
-        replicated=replicated,
-        loss_kernel=loss_kernel,
-        compiled=compiled,
-        adapter=adapter or _whole_adapter(num_trainable_parameters),
-        four_bits=four_bits,
-        scored_share=scored_share,
-    )
-    return plan_of(demand, num_steps=num_steps, rate=rate, price_per_gpu_hour=price_per_gpu_hour)
-
-
-def plan_of(
     demand: Demand,
     *,
     num_steps: int,
     rate: Rate | None = None,
     price_per_gpu_hour: float | None = None,
 ) -> Plan:
-    """Plan a stage of ``num_steps`` optimizer steps; the rest as for :func:`plan`."""
+    """Plan a stage of ``num_steps`` optimizer steps.
+
+    Without a ``rate``, how fast a GPU is, there is no time and no cost; the price is in any
+    currency.
+    """
     model, train, world_size = demand.model, demand.train, demand.world_size
     memory = tuple(map(demand.memory, sorted({phase.length for phase in train.contexts})))
     tokens = num_steps * train.tokens_per_batch
@@ -168,10 +122,6 @@ def plan_of(
         gpu_hours=gpu_hours,
         cost=gpu_hours and price_per_gpu_hour and gpu_hours * price_per_gpu_hour,
     )
-
-
-def _whole_adapter(num_parameters: int | None) -> Adapter | None:
-    return None if num_parameters is None else Adapter(num_parameters=num_parameters)
 
 
 def _total_flops(model: ModelConfig, train: TrainConfig, tokens: int) -> float:

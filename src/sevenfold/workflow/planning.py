@@ -71,7 +71,7 @@ def plan_stage(
         peak = gpu["peak_bf16_tflops"] * 1e12 or planner.ASSUMED_PEAK_FLOPS
         rate = planner.Rate(assumed_mfu=planner.assumed_mfu(demand), peak_flops=peak)
     steps = num_steps(run, recipe, stage)
-    plan = planner.plan_of(
+    plan = planner.plan(
         dataclasses.replace(demand, train=settled, scored_share=scored_share),
         num_steps=steps or 1,
         rate=rate,

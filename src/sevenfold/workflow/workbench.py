@@ -200,17 +200,18 @@ def _peak_gib(
     trained = [p for p in scorer.parameters() if p.requires_grad]
     trains_all = len(trained) == len(list(scorer.parameters()))
     num_shards = processes.world // copies
-    planned = planner.plan(
-        from_hf(scorer.causal_model.config),
-        config,
-        num_steps=1,
+    num_trained = sum(p.numel() for p in trained)
+    demand = memory.Demand(
+        model=from_hf(scorer.causal_model.config),
+        train=config,
         precision=config.precision,  # type: ignore[arg-type]
         world_size=num_shards,
         replicated=replicated,
         loss_kernel=scorer.kernel,  # type: ignore[arg-type]
         compiled=config.compile != "none",
-        num_trainable_parameters=None if trains_all else sum(p.numel() for p in trained),
+        adapter=None if trains_all else memory.Adapter(num_parameters=num_trained),
     )
+    planned = planner.plan(demand, num_steps=1)
     if copies == 1 or not trains_all:
         return planned.peak_gib
     # FSDP2 keeps sums of gradients in fp32, as an adapter's are, until they pass between copies.

@@ -18,7 +18,7 @@ from torch._inductor.decomposition import select_decomp_table
 
 from sevenfold.model import lora
 from sevenfold.model.config import LoRAAdapterConfig, ModelConfig
-from sevenfold.train.memory import Adapter, Demand
+from sevenfold.train.memory import Adapter, Demand, Precision
 
 MODEL = ModelConfig(
     vocab_size=128,
@@ -149,7 +149,7 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
     ],
 )
 def test_what_a_compiled_layer_keeps_is_what_is_counted(
-    weights: str, precision: str, recompute: Any, targets: tuple[str, ...] | None
+    weights: str, precision: Precision, recompute: Any, targets: tuple[str, ...] | None
 ) -> None:
     train = dataclasses.replace(
         TRAIN,
@@ -161,11 +161,8 @@ def test_what_a_compiled_layer_keeps_is_what_is_counted(
         model=MODEL,
         train=train,
         precision=precision,
-        world_size=1,
         loss_kernel="cce",
-        compiled=True,
         adapter=None if targets is None else Adapter(num_parameters=1, rank=16, targets=targets),
-        four_bits=False,
     )
     found = kept_bytes_per_token(
         torch.float32 if weights == "fp32" else torch.bfloat16,

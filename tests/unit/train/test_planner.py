@@ -19,7 +19,7 @@ from sevenfold.train.config import (
     TrainConfig,
 )
 from sevenfold.train.memory import Adapter, Demand
-from sevenfold.train.planner import Plan, Rate, assumed_mfu, plan, plan_of, require_room
+from sevenfold.train.planner import Plan, Rate, assumed_mfu, plan, require_room
 from sevenfold.workflow.planning import describe
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -67,9 +67,10 @@ CPU = GPUInfo(**{**H100, "name": "CPU", "gpu_type": "cpu", "num_gpus": 0, "memor
 
 
 def big_plan(**changes: Any) -> Plan:
-    asked = {"num_steps": 100, "precision": "bf16", "loss_kernel": "cce", **changes}
-    model, train = asked.pop("model", BIG), asked.pop("train", TRAIN)
-    return plan(model, train, **asked)
+    about = {name: changes.pop(name) for name in ("rate", "price_per_gpu_hour") if name in changes}
+    num_steps = changes.pop("num_steps", 100)
+    asked = {"model": BIG, "train": TRAIN, "precision": "bf16", "loss_kernel": "cce", **changes}
+    return plan(Demand(**asked), num_steps=num_steps, **about)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_what_saves_memory_saves_it() -> None:
     # Weights in 8 bits beside those in bf16; torchao keeps none.
     assert in_fp8.gathered_gib == pytest.approx(32 * 218.1e6 / 2**30, rel=1e-3)
     assert big_plan(precision="fp8_torchao").peak_gib < before.peak_gib
-    assert big_plan(num_trainable_parameters=40_000_000).peak_gib < before.peak_gib - 20
+    assert big_plan(adapter=Adapter(num_parameters=40_000_000)).peak_gib < before.peak_gib - 20
     assert big_plan(compiled=False).peak_gib > before.peak_gib
     assert big_plan(loss_kernel="plain").memory[0].loss_gib > 1
     assert big_plan(precision="fp32").peak_gib > before.peak_gib
@@ -212,14 +213,10 @@ def test_what_is_assumed_is_near_what_was_measured(
         model=model,
         train=TRAIN,
         precision=precision,
-        world_size=1,
-        loss_kernel="chunked",
-        compiled=True,
         adapter=adapter,
-        four_bits=False,
     )
     rate = Rate(assumed_mfu=assumed_mfu(demand), peak_flops=989e12)
-    found = plan_of(demand, num_steps=100, rate=rate)
+    found = plan(demand, num_steps=100, rate=rate)
     assert found.tokens_per_s_per_gpu == pytest.approx(measured, rel=0.04)
 
 
@@ -290,7 +287,7 @@ def test_fewer_key_value_heads_need_less() -> None:
 
 def test_a_base_in_four_bits_takes_a_quarter_of_its_bf16_weights() -> None:
     whole, small = (
-        big_plan(num_trainable_parameters=40_000_000, four_bits=four).memory[-1]
+        big_plan(adapter=Adapter(num_parameters=40_000_000), four_bits=four).memory[-1]
         for four in (False, True)
     )
     in_layers = BIG.num_layers * BIG.num_layer_matmul_parameters
