@@ -154,8 +154,22 @@ def describe(plan: planner.Plan) -> list[tuple[str, str]]:
 
 def plan_all(run: Run, recipe: Recipe) -> None:
     """Print the plan of every training stage."""
+    model = _model_from_outside(run)
     for stage in GATED_STAGES:
-        print_plan(plan_stage(run, recipe, stage))
+        print_plan(plan_stage(run, recipe, stage, model=model))
+
+
+def _model_from_outside(run: Run, start_from: Path | None = None) -> ModelConfig | None:
+    """Return the sizes of the model in ``start_from``, or of the one that a run has taken in.
+
+    None where it trains its own.
+    """
+    if start_from is not None:
+        return describe_folder(start_from)
+    for stage in reversed(GATED_STAGES):
+        if (run.stage(stage) / "record.json").is_file() and run.record(stage).get("external"):
+            return describe_folder(run.model(stage))
+    return None
 
 
 def require_room(run: Run, recipe: Recipe, stage: str, start_from: Path | None = None) -> None:
@@ -166,7 +180,7 @@ def require_room(run: Run, recipe: Recipe, stage: str, start_from: Path | None =
             no package for four bits, or too little memory; with the numbers.
     """
     _require_computable(recipe, stage)
-    model = None if start_from is None else describe_folder(start_from)
+    model = _model_from_outside(run, start_from)
     planner.require_room(plan_stage(run, recipe, stage, model=model).plan, detect_gpu_type())
 
 
@@ -190,7 +204,7 @@ def dry_run(
         UsageError: the machine cannot carry out one of the stages.
         MemoryExhaustedError: the rehearsed step did not fit.
     """
-    model = None if start_from is None else describe_folder(start_from)
+    model = _model_from_outside(run, start_from)
     planned = [plan_stage(run, recipe, stage, model=model) for stage in stages]
     for each in planned:
         print_plan(each)

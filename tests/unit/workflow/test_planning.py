@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from tests.unit.train.test_planner import CPU, H100
 
+from sevenfold.base.errors import UsageError
 from sevenfold.base.hardware import GPUInfo
+from sevenfold.model.config import read_model_file
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.memory import Demand
 from sevenfold.workflow import choosing, planning, rehearsal, row_counts
@@ -83,3 +85,26 @@ def test_what_is_planned_is_what_is_rehearsed(monkeypatch: pytest.MonkeyPatch) -
     recipe = recipes.resolve("7b", None, changes, Path("unused"))[1]
     planning._rehearse(recipe, dataclasses.replace(planned, config=chosen))
     assert [(each.micro_batch, each.recompute) for each in seen] == [(1, True)]
+
+
+def test_a_run_that_began_with_a_model_from_outside_is_planned_by_its_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, recipe = recipes.resolve("7b", None, (), tmp_path / "run")
+    assert planning._model_from_outside(run) is None
+    taken_in = read_model_file(recipes.configs_folder() / "model_demo.py")
+    taken_in.to_hf().save_pretrained(run.model("pretrain"))
+    for stage, external in (("pretrain", True), ("sft", False)):
+        run.write_record(stage, {"stage": stage, "external": external})
+    monkeypatch.setattr(planning, "detect_gpu_type", lambda: H100)
+    planning.plan_all(run, recipe)
+    parameters = f"{taken_in.num_parameters / 1e6:,.2f} M"
+    assert capsys.readouterr().out.count(parameters) == 4
+    # A later stage needs room for it, not for the recipe's 7B.
+    monkeypatch.setattr(planning, "_require_computable", lambda recipe, stage: None)
+    small = GPUInfo(**{**H100, "memory_gib": 12.0})
+    monkeypatch.setattr(planning, "detect_gpu_type", lambda: small)
+    planning.require_room(run, recipe, "dpo")
+    run.write_record("pretrain", {"stage": "pretrain", "external": False})
+    with pytest.raises(UsageError, match=r"GiB are needed on one GPU .* has 12\.0 GiB; set a"):
+        planning.require_room(run, recipe, "dpo")
