@@ -185,7 +185,7 @@ def build(recipe: Any, config: Any, *, emulated: bool, seed: int) -> Any:
         float8.convert_to_float8(model, emulate=True)
     torch.manual_seed(seed)
     scorer = workbench.make_scorer(model, config, kernel)
-    workbench.place(scorer, config, processes)
+    workbench.place(scorer, recipe, "pretrain", config, processes)
     return trial.Trial(
         recipe=recipe,
         stage="pretrain",

@@ -17,6 +17,13 @@ log = logging.getLogger(__name__)
 
 # Dense BF16 peaks in TFLOP/s from NVIDIA's data sheets, used for MFU only.
 PEAK_BF16_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
+# Kinds that a plan may name: how PyTorch calls one, its GiB, and its compute capability.
+KINDS = {
+    "A100-40GB": ("NVIDIA A100-SXM4-40GB", 39.4, (8, 0)),
+    "A100": ("NVIDIA A100-SXM4-80GB", 79.1, (8, 0)),
+    "H100": ("NVIDIA H100 80GB HBM3", 79.1, (9, 0)),
+    "H200": ("NVIDIA H200", 139.8, (9, 0)),
+}
 
 
 class GPUInfo(TypedDict):
@@ -52,15 +59,34 @@ def detect_gpu_type() -> GPUInfo:
             peak_bf16_tflops=0.0,
         )
     properties = torch.cuda.get_device_properties(0)
-    capability = (properties.major, properties.minor)
-    name = properties.name
+    return _describe(
+        properties.name,
+        properties.total_memory / 2**30,
+        (properties.major, properties.minor),
+        torch.cuda.device_count(),
+    )
+
+
+def gpu_of_kind(kind: str) -> GPUInfo:
+    """Describe one GPU of a kind in ``KINDS`` as :func:`detect_gpu_type` would.
+
+    Errors:
+        UsageError: there is no such kind.
+    """
+    known = {name.lower(): about for name, about in KINDS.items()}
+    if kind.lower() not in known:
+        raise UsageError(f"--gpus {kind}: no such kind; name one of {', '.join(KINDS)}")
+    return _describe(*known[kind.lower()], 1)
+
+
+def _describe(name: str, memory_gib: float, capability: tuple[int, int], num_gpus: int) -> GPUInfo:
     known = next((kind for kind in PEAK_BF16_TFLOPS if kind in name), "other")
     hopper = capability[0] == 9
     return GPUInfo(
         name=name,
         gpu_type=known,
-        num_gpus=torch.cuda.device_count(),
-        memory_gib=properties.total_memory / 2**30,
+        num_gpus=num_gpus,
+        memory_gib=memory_gib,
         compute_capability=capability,
         supports_bf16=capability >= (8, 0),
         supports_fp8=capability >= (8, 9),

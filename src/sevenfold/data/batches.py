@@ -191,6 +191,22 @@ def document_positions(documents: NDArray[np.int64]) -> NDArray[np.int64]:
     return index - np.maximum.accumulate(np.where(first, index, 0), axis=1)
 
 
+def require_even_shares(
+    tokens_per_batch: int, row_length: int, world: int, *, setting: str = "tokens_per_batch"
+) -> None:
+    """Refuse a batch of which ``world`` processes would get different numbers of rows.
+
+    Errors:
+        UsageError: with the ``setting`` and the size to take.
+    """
+    rows = tokens_per_batch // row_length
+    if rows % world:
+        raise UsageError(
+            f"{setting}: {rows} rows of {row_length} tokens cannot be shared evenly by {world} "
+            f"processes; take a multiple of {world * row_length}"
+        )
+
+
 class Batches:
     """The batch of every step, for one of ``world`` processes."""
 
@@ -228,11 +244,7 @@ class Batches:
         if [p.until for p in contexts] != sorted({p.until for p in contexts}):
             raise UsageError("contexts: 'until' must rise from phase to phase")
         self.rows_per_batch = tokens_per_batch // longest
-        if self.rows_per_batch % world:
-            raise UsageError(
-                f"tokens_per_batch: {self.rows_per_batch} rows of {longest} tokens cannot be "
-                f"shared evenly by {world} processes; take a multiple of {world * longest}"
-            )
+        require_even_shares(tokens_per_batch, longest, world)
         self.source = source
         self.contexts = tuple(contexts)
         self.num_steps = num_steps

@@ -72,8 +72,11 @@ class Adapter:
 class Demand:
     """What decides the memory of a stage.
 
-    ``scored_share`` of the positions go through the head, those that carry loss. Where weights are
-    ``replicated``, each GPU has whole ones and whole gradients, and a share of the moments.
+    ``scored_share`` of the positions go through the head, those that carry loss. Of ``world_size``
+    GPUs, ``per_node`` (None: all) are in a node; `layout.lay_out` says how they hold the model.
+    Where weights are ``replicated``, each has whole ones and whole gradients, and a share of the
+    moments; else each of ``copies`` of the model is sharded over its part of the GPUs, and whether
+    its layers' weights stay gathered from forward to backward is ``stays_gathered``.
     """
 
     model: ModelConfig
@@ -85,12 +88,21 @@ class Demand:
     adapter: Adapter | None = None
     four_bits: bool = False
     scored_share: float = 1.0
+    per_node: int | None = None
     replicated: bool = False
+    copies: int = 1
+    stays_gathered: bool = False
 
     @property
     def num_shards(self) -> int:
         """GPUs that weights and gradients are sharded over."""
-        return 1 if self.replicated else self.world_size
+        return 1 if self.replicated else self.world_size // self.copies
+
+    @property
+    def peak_gib(self) -> float:
+        """The planned peak over all context lengths."""
+        lengths = {phase.length for phase in self.train.contexts}
+        return max(self.memory(length).peak_gib for length in lengths)
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -131,10 +143,12 @@ class Demand:
         tokens = max(1, self.train.rows_at_once * longest // seq_len) * seq_len
         trained = adapter.num_parameters if adapter else model.num_parameters
         kind = self.train.optimizer.kind
-        gradient_bytes = 4 if adapter else BYTES[self.train.weights]
+        # FSDP2 keeps sums of gradients in fp32 until they pass between copies.
+        gradient_bytes = 4 if adapter or self.copies > 1 else BYTES[self.train.weights]
+        num_updating = self.world_size // self.copies
         weights = self._weight_bytes() / self.num_shards
         gradients = trained * gradient_bytes / self.num_shards
-        states = trained * OPTIMIZER_BYTES[kind] / self.world_size
+        states = trained * OPTIMIZER_BYTES[kind] / num_updating
         gathered, loss = self._gathered_bytes(), self._loss_bytes(tokens)
         layer = tokens * self.layer_bytes_per_token()
         activations = model.num_layers * layer
@@ -152,10 +166,10 @@ class Demand:
         beginning = before + activations + max(loss, waiting + inside)
         ending = gradients + min(activations, layer) + inside
         largest = min(embedding, trained)
-        updating = gradients + OPTIMIZER_STEP_BYTES[kind] * largest / self.world_size
+        updating = gradients + OPTIMIZER_STEP_BYTES[kind] * largest / num_updating
         if self.replicated:
             # All processes' parts of the largest gradient's rows, and their sum in fp32.
-            exchanging = largest * (gradient_bytes + 4 / self.world_size)
+            exchanging = largest * (gradient_bytes + 4 / num_updating)
             updating = max(updating, gradients + exchanging)
         static = weights + states + OVERHEAD_GIB * GIB
         peak = static + max(gathered + max(beginning, ending), updating)
@@ -193,10 +207,14 @@ class Demand:
         if self.num_shards == 1:
             # Autocast keeps a bf16 copy of every fp32 weight from forward to backward.
             return float(model.num_matmul_parameters * 2) if self.under_autocast else 0.0
-        # FSDP2: the root's weights stay whole, two layers are whole at a time, and one layer's
-        # gradient is whole in fp32 while it is being summed.
+        # FSDP2: the root's weights stay whole, two layers are whole at a time or all of them
+        # (torchao's FP8 is gathered as such), and one layer's gradient is whole in fp32 while it
+        # is being summed.
         root = model.num_parameters - model.num_layers * model.num_layer_matmul_parameters
-        return float(root * compute + model.num_layer_matmul_parameters * (2 * compute + 4))
+        layers = 2 * compute
+        if self.stays_gathered:
+            layers = model.num_layers * (1 if self.precision == "fp8_torchao" else compute)
+        return float(root * compute + model.num_layer_matmul_parameters * (layers + 4))
 
     def layer_bytes_per_token(self) -> float:
         """Bytes that one token leaves in one layer.

@@ -140,22 +140,10 @@ def _require_address(host: str) -> None:
         ) from None
 
 
-def may_keep_whole(config: TrainConfig, processes: Processes) -> bool:
-    """Whether several GPUs of this kind of machine may keep whole weights.
-
-    Within a node, and where weights need no autocast, which several processes do without.
-    """
-    one_node = processes.per_node == processes.world
-    return replicas.WANTED and one_node and not _is_mixed(config)
-
-
-def _is_mixed(config: TrainConfig) -> bool:
-    return config.weights == "fp32" and config.precision in ("bf16", "fp8", "fp8_torchao")
-
-
 def autocast(config: TrainConfig, processes: Processes) -> AbstractContextManager[Any]:
     """Compute in bf16 where weights are kept in fp32 on a single GPU; FSDP2 casts itself."""
-    if _is_mixed(config) and processes.world == 1:
+    mixed = config.weights == "fp32" and config.precision in ("bf16", "fp8", "fp8_torchao")
+    if mixed and processes.world == 1:
         return torch.autocast(processes.device.type, dtype=torch.bfloat16)
     return nullcontext()
 

@@ -104,13 +104,13 @@ def plan(
     memory = tuple(map(demand.memory, sorted({phase.length for phase in train.contexts})))
     tokens = num_steps * train.tokens_per_batch
     flops = _total_flops(model, train, tokens) * (ADAPTER_WORK if demand.adapter else 1)
-    tokens_per_s, source = _tokens_per_s(rate, flops / tokens)
+    tokens_per_s, source = _tokens_per_s(rate, flops / tokens, world_size)
     elapsed_s = tokens / tokens_per_s / world_size if tokens_per_s else None
     gpu_hours = elapsed_s and elapsed_s * world_size / 3600
     return Plan(
         num_parameters=model.num_parameters,
         memory=memory,
-        peak_gib=max(part.peak_gib for part in memory),
+        peak_gib=demand.peak_gib,
         micro_batches_per_step=demand.micro_batches_per_step,
         num_steps=num_steps,
         tokens=tokens,
@@ -138,7 +138,9 @@ def assumed_mfu(demand: Demand) -> float:
     return REACHED[demand.precision] * narrow
 
 
-def _tokens_per_s(rate: Rate | None, flops_per_token: float) -> tuple[float | None, str]:
+def _tokens_per_s(
+    rate: Rate | None, flops_per_token: float, world_size: int
+) -> tuple[float | None, str]:
     if rate is None:
         return None, "unknown"
     if rate.tokens_per_s is not None:
@@ -146,6 +148,8 @@ def _tokens_per_s(rate: Rate | None, flops_per_token: float) -> tuple[float | No
     assert rate.assumed_mfu is not None
     assert rate.peak_flops is not None
     share = f"assumed: {rate.assumed_mfu:.0%} of {rate.peak_flops / 1e12:.0f} TFLOP/s"
+    if world_size > 2:
+        share += ", as measured on up to two"
     return rate.assumed_mfu * rate.peak_flops / flops_per_token, share
 
 

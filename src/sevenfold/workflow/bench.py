@@ -195,19 +195,10 @@ def _mfu(asked: Bench, rate: float, length: int) -> float | None:
 
 def _planned_gib(asked: Bench, tried: trial.Trial, found: trial.Measured, length: int) -> float:
     """Return the peak that the planner expects at one context length."""
-    config = asked.config
-    demand = choosing.demand_of(
-        asked.recipe,
-        asked.stage,
-        config,
-        precision="fp32" if config.precision == "auto" else config.precision,
-        world_size=tried.processes.world,
-        on_gpu=tried.processes.device.type == "cuda",
-        scored_share=found.scored_share,
+    demand = choosing.laid_out(
+        asked.recipe, asked.stage, asked.config, asked.recipe.model, tried.processes
     )
-    kernel: Any = tried.scorer.kernel
-    whole = tried.processes.world > 1 and parallel.is_whole(tried.scorer)
-    demand = dataclasses.replace(demand, loss_kernel=kernel, replicated=whole)
+    demand = dataclasses.replace(demand, scored_share=found.scored_share)
     return demand.memory(length).peak_gib
 
 

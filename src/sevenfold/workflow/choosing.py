@@ -8,6 +8,7 @@ on goes on with the same.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,30 @@ from sevenfold.base import hardware, storage
 from sevenfold.base.config import to_plain
 from sevenfold.base.errors import BadDataError
 from sevenfold.base.hardware import GPUInfo
-from sevenfold.model import kernels
+from sevenfold.model import float8, kernels
 from sevenfold.model.config import KernelConfig, ModelConfig, describe_folder
-from sevenfold.train import parallel
+from sevenfold.train import layout, parallel
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.memory import Adapter, Demand, Precision
 from sevenfold.train.planner import ASSUMED_PEAK_FLOPS, assumed_mfu, machine_memory_gib
 from sevenfold.workflow.recipe import Recipe
 
+log = logging.getLogger(__name__)
+
 FILE = "chosen.json"
 # Of a GPU's memory, what may be planned to be taken: plans are up to 3 % off, and a little more is
 # lost between blocks of memory.
 PLANNED_SHARE = 0.95
-# Where there is no GPU, a model larger than this is planned for an H100 or A100 of 80 GB.
+# Where there is no GPU, a model larger than this is planned for one of 80 GB: an H100 in the
+# precision that an A100 has, too.
 LARGEST_ON_CPU = 1e8
-USUAL_MEMORY_GIB = 79.1
+USUAL_GPU = GPUInfo(
+    **{
+        **hardware.gpu_of_kind("H100"),
+        "name": "GPU of 80 GB (here is none)",
+        "supports_fp8": False,
+    }
+)
 # Bytes a second that an H100 moves in a large copy (measured).
 BANDWIDTH = 3.0e12
 # What recomputing adds to the time of a token. True: measured. Cheap: counted from the bytes that
@@ -45,8 +55,8 @@ def demand_of(
     precision: Precision,
     world_size: int,
     on_gpu: bool,
+    per_node: int | None = None,
     model: ModelConfig | None = None,
-    scored_share: float = 1.0,
 ) -> Demand:
     """Return what a stage of ``recipe`` asks of each of ``world_size`` GPUs."""
     model = model or recipe.model
@@ -63,8 +73,7 @@ def demand_of(
         compiled=compiled,
         adapter=None if lora is None else adapter_of(recipe, model),
         four_bits=lora is not None and lora.base == "nf4",
-        scored_share=scored_share,
-        replicated=world_size > 1 and precision == "fp8",  # ours is not sharded
+        per_node=per_node,
     )
 
 
@@ -87,26 +96,47 @@ def choose(demand: Demand, gpu: GPUInfo) -> TrainConfig:
 
     Where nothing fits, those that need least, which are then refused with the numbers.
     """
-    room_gib = _memory_gib(demand.model, gpu) * PLANNED_SHARE
-    plans = [
-        (peak_gib(dataclasses.replace(demand, train=config)), config)
-        for config in candidates(demand)
-    ]
-    fitting = [(peak, config) for peak, config in plans if peak <= room_gib]
+    plans = _plans(demand, gpu)
+    fitting = [config for peak, config in plans if peak <= _room_gib(demand, gpu)]
     if not fitting:
         return min(plans, key=lambda each: each[0])[1]
-    return min(fitting, key=lambda each: seconds_per_token(demand, each[1], gpu))[1]
+    return min(fitting, key=lambda each: seconds_per_token(demand, each, gpu))
 
 
-def is_for_gpu(model: ModelConfig, gpu: GPUInfo) -> bool:
-    """True unless training is for this machine's CPU: a large model is planned for a GPU."""
-    return gpu["num_gpus"] > 0 or model.num_parameters > LARGEST_ON_CPU
+def _plans(demand: Demand, gpu: GPUInfo) -> list[tuple[float, TrainConfig]]:
+    """Return the planned peak of every way to fill in what is open, however GPUs hold the model."""
+    memory_gib = _memory_gib(demand.model, gpu)
+    asked = (dataclasses.replace(demand, train=config) for config in candidates(demand))
+    return [(layout.lay_out(a, memory_gib=memory_gib).peak_gib, a.train) for a in asked]
+
+
+def _room_gib(demand: Demand, gpu: GPUInfo) -> float:
+    return _memory_gib(demand.model, gpu) * PLANNED_SHARE
+
+
+def with_fp8_that_fits(demand: Demand, gpu: GPUInfo) -> Demand:
+    """Return ``demand`` with torchao's FP8 where GPUs are to keep whole weights, and cannot.
+
+    Ours is not sharded.
+    """
+    if demand.precision != "fp8" or demand.world_size == 1:
+        return demand
+    if any(peak <= _room_gib(demand, gpu) for peak, _ in _plans(demand, gpu)):
+        return demand
+    train = dataclasses.replace(demand.train, precision="fp8_torchao")
+    return dataclasses.replace(demand, train=train, precision="fp8_torchao")
+
+
+def planned_for(model: ModelConfig, gpu: GPUInfo) -> GPUInfo:
+    """Return the machine that a plan is about: a large model is not trained on a CPU."""
+    if gpu["num_gpus"] or model.num_parameters <= LARGEST_ON_CPU:
+        return gpu
+    return USUAL_GPU
 
 
 def _memory_gib(model: ModelConfig, gpu: GPUInfo) -> float:
-    if gpu["num_gpus"]:
-        return gpu["memory_gib"]
-    return USUAL_MEMORY_GIB if is_for_gpu(model, gpu) else machine_memory_gib()
+    gpu = planned_for(model, gpu)
+    return gpu["memory_gib"] if gpu["num_gpus"] else machine_memory_gib()
 
 
 def candidates(demand: Demand) -> list[TrainConfig]:
@@ -127,12 +157,6 @@ def candidates(demand: Demand) -> list[TrainConfig]:
         for way in ways
         for size in sizes
     ]
-
-
-def peak_gib(demand: Demand) -> float:
-    """Return the planned peak over all context lengths."""
-    lengths = {phase.length for phase in demand.train.contexts}
-    return max(demand.memory(length).peak_gib for length in lengths)
 
 
 def seconds_per_token(demand: Demand, config: TrainConfig, gpu: GPUInfo) -> float:
@@ -266,32 +290,66 @@ def settle_stage(
     config: TrainConfig,
     *,
     model_folder: Path,
-    world_size: int,
+    processes: parallel.Processes,
     keep: bool,
 ) -> tuple[Recipe, TrainConfig, dict[str, Any] | None]:
     """Settle a stage that is about to train the model in ``model_folder``; see :func:`settle`.
 
     ``config`` has its precision and compiling decided already; the recipe gets its kernels.
+
+    Errors:
+        UsageError: shared weights are to train in FP8, and torchao cannot be had.
     """
     gpu = hardware.detect_gpu_type()
     recipe, chosen = settle_kernels(folder, recipe, gpu, keep=keep, model_folder=model_folder)
-    if not is_open(config) and chosen is None:
+    may_be_shared = config.precision == "fp8" and processes.world > 1
+    if not is_open(config) and chosen is None and not may_be_shared:
         return recipe, config, None
     model = describe_folder(model_folder)
-    demand = _demand_here(recipe, stage, config, world_size, model)
+    demand = _trainable(_demand_here(recipe, stage, config, processes, model), gpu)
     return recipe, *settle(folder, demand, gpu, keep=keep, chosen_kernels=chosen)
 
 
 def for_trial(recipe: Recipe, stage: str, config: TrainConfig) -> TrainConfig:
     """Choose for a trial of a stage, whose precision and compiling are decided."""
-    if not is_open(config):
-        return config
-    demand = _demand_here(recipe, stage, config, parallel.join().world, recipe.model)
-    return choose(demand, hardware.detect_gpu_type())
+    gpu = hardware.detect_gpu_type()
+    demand = _demand_here(recipe, stage, config, parallel.join(), recipe.model)
+    return choose(_trainable(demand, gpu), gpu)
+
+
+def _trainable(demand: Demand, gpu: GPUInfo) -> Demand:
+    found = with_fp8_that_fits(demand, gpu)
+    if found.precision != demand.precision:
+        log.warning("fp8: whole weights do not fit; shared ones train with torchao's recipe")
+        float8.require_float8(torchao=True)
+    return found
+
+
+def laid_out(
+    recipe: Recipe,
+    stage: str,
+    config: TrainConfig,
+    model: ModelConfig,
+    processes: parallel.Processes,
+) -> Demand:
+    """Return what a stage that is decided asks of each of ``processes``, and how they hold it.
+
+    All of them are to call this, and see to it that all decide alike.
+    """
+    demand = _demand_here(recipe, stage, config, processes, model)
+    total = processes.sum([float(processes.per_node)])
+    if not processes.agree(total == [float(processes.per_node * processes.world)]):
+        demand = dataclasses.replace(demand, per_node=1)  # nodes of different sizes
+    memory_gib = hardware.detect_gpu_type()["memory_gib"]
+    return layout.lay_out(demand, memory_gib=memory_gib, agree=processes.agree)
 
 
 def _demand_here(
-    recipe: Recipe, stage: str, config: TrainConfig, world_size: int, model: ModelConfig
+    recipe: Recipe,
+    stage: str,
+    config: TrainConfig,
+    processes: parallel.Processes,
+    model: ModelConfig,
 ) -> Demand:
     assert config.precision != "auto"
     return demand_of(
@@ -299,7 +357,8 @@ def _demand_here(
         stage,
         config,
         precision=config.precision,
-        world_size=world_size,
-        on_gpu=hardware.detect_gpu_type()["num_gpus"] > 0,
+        world_size=processes.world,
+        per_node=processes.per_node,
+        on_gpu=processes.device.type == "cuda",
         model=model,
     )

@@ -43,7 +43,7 @@ def dpo(run: records.Run, recipe: Recipe, options: training.StageOptions) -> Non
         return
     rows, held_out = preference_rows(job)
     scorer = workbench.load_scorer(job)
-    workbench.place(scorer, job.config, job.processes)
+    workbench.place(scorer, job.recipe, job.stage, job.config, job.processes)
     refer(job, scorer, {"train": rows, "validation": held_out})
     bench = workbench.assemble(job, scorer, objective(recipe.dpo), rows, held_out)
     last = workbench.train(job, bench)

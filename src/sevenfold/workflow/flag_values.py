@@ -27,6 +27,12 @@ def above_zero(text: str) -> int:
     return int(text)
 
 
+def gpus(text: str) -> tuple[str | None, int]:
+    """Read ``N`` or ``KIND:N``, as Slurm and SkyPilot write it."""
+    kind, _, number = text.rpartition(":")
+    return kind or None, above_zero(number)
+
+
 def size(text: str) -> float:
     """Read a number above 0."""
     try:

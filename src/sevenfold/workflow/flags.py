@@ -12,7 +12,7 @@ from sevenfold import __version__
 from sevenfold.base.errors import UsageError, nearest
 from sevenfold.base.records import GATED_STAGES
 from sevenfold.workflow import run_flags
-from sevenfold.workflow.flag_values import above_zero, one_of, size
+from sevenfold.workflow.flag_values import above_zero, gpus, one_of, size
 
 EXIT_CODES = """\
 exit codes:
@@ -89,6 +89,16 @@ def _cluster(parser: argparse.ArgumentParser) -> None:
         help="processes here (default), a Ray cluster, a Slurm queue",
     )
     group.add_argument("--partition", metavar="NAME", help="Slurm's; needed there")
+
+
+def _planned(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gpus",
+        type=gpus,
+        metavar="[KIND:]N",
+        help="plan for N GPUs: of the kind that is here, or A100, A100-40GB, H100, H200; "
+        "more than 8 are in nodes (default: what is here)",
+    )
 
 
 def _training(parser: argparse.ArgumentParser) -> None:
@@ -241,7 +251,12 @@ _TABLE = (
         "sevenfold.workflow.pipeline:run_all",
         (_span, _gates, _common),
     ),
-    Verb("plan", "memory, tokens and time before anything starts", f"{_STEPS}:plan", (_common,)),
+    Verb(
+        "plan",
+        "memory, tokens, time and cost before anything starts",
+        f"{_STEPS}:plan",
+        (_planned, _common),
+    ),
     Verb(
         "chat",
         "talk to a run's model",

@@ -40,7 +40,7 @@ def lora(run: records.Run, recipe: Recipe, options: training.StageOptions) -> No
     scorer = workbench.load_scorer(job)
     torch.manual_seed(recipe.seed)
     scorer.model = adapters.add_adapter(scorer.model, recipe.lora.adapter)
-    workbench.place(scorer, job.config, job.processes)
+    workbench.place(scorer, job.recipe, job.stage, job.config, job.processes)
     bench = workbench.assemble(job, scorer, NEXT_TOKEN, rows, held_out)
     last = workbench.train(job, bench)
     trained = resuming.trained_state(bench)

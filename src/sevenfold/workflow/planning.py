@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sevenfold.base import console
-from sevenfold.base.hardware import GPUInfo, detect_gpu_type
+from sevenfold.base.hardware import GPUInfo, detect_gpu_type, gpu_of_kind
 from sevenfold.base.records import GATED_STAGES, Run
+from sevenfold.data.batches import require_even_shares
 from sevenfold.model.config import ModelConfig, describe_folder
-from sevenfold.train import launch, planner
+from sevenfold.train import launch, layout, planner
 from sevenfold.train.config import TrainConfig
-from sevenfold.train.memory import Precision
+from sevenfold.train.memory import Demand
 from sevenfold.workflow import choosing, row_counts
 from sevenfold.workflow.recipe import Recipe
 from sevenfold.workflow.remaining import num_steps, train_config
 from sevenfold.workflow.training import decide
 
 UNKNOWN_LENGTH = ("tokens", "compute", "time", "cost")
+MOST_PER_NODE = 8
+Gpus = tuple[str | None, int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,27 +48,20 @@ def plan_stage(
     stage: str,
     rate: planner.Rate | None = None,
     model: ModelConfig | None = None,
+    gpus: Gpus | None = None,
 ) -> StagePlan:
-    """Plan one stage on this machine, or on one GPU of the usual kind where there is none.
+    """Plan one stage on ``gpus``, or on this machine, or on one GPU of the usual kind.
 
     ``model`` is the one that is trained, where it is not the recipe's.
+
+    Errors:
+        UsageError: there is no such kind, or so many cannot share a batch evenly.
     """
     model = model or recipe.model
-    gpu = detect_gpu_type()
-    config = train_config(recipe, stage)
-    on_gpu = choosing.is_for_gpu(model, gpu)
-    recipe, _ = choosing.settle_kernels(run.stage(stage), recipe, gpu)
+    gpu = _planned_for(model, gpus)
+    demand = _laid_out(run, recipe, stage, model, gpu)
+    on_gpu = gpu["num_gpus"] > 0
     counted = None if stage == "pretrain" else row_counts.count_rows(run, recipe, stage)
-    demand = choosing.demand_of(
-        recipe,
-        stage,
-        config,
-        precision=_precision(config, gpu),
-        world_size=max(1, gpu["num_gpus"]),
-        on_gpu=on_gpu,
-        model=model,
-    )
-    settled, _ = choosing.settle(run.stage(stage), demand, gpu)
     # The stage chooses before it looks at its rows, so what carries loss is no part of the choice.
     scored_share = counted.scored_share if counted and on_gpu else 1.0
     if rate is None and on_gpu:
@@ -72,33 +69,73 @@ def plan_stage(
         rate = planner.Rate(assumed_mfu=planner.assumed_mfu(demand), peak_flops=peak)
     steps = num_steps(run, recipe, stage)
     plan = planner.plan(
-        dataclasses.replace(demand, train=settled, scored_share=scored_share),
+        dataclasses.replace(demand, scored_share=scored_share),
         num_steps=steps or 1,
         rate=rate,
         price_per_gpu_hour=recipe.gpu_hour_price,
     )
+    held = layout.in_words(demand)
     return StagePlan(
         stage=stage,
         plan=plan,
-        asked=config,
-        config=settled,
-        where=f"{demand.precision}, {_machine(gpu, on_gpu)}",
+        asked=train_config(recipe, stage),
+        config=demand.train,
+        where=f"{demand.precision}, {_machine(gpu)}{held and f'; weights: {held}'}",
         has_length=steps is not None,
     )
 
 
-def _precision(config: TrainConfig, gpu: GPUInfo) -> Precision:
-    precision = config.precision
-    if precision == "auto":
-        # Without a GPU the plan is about the GPU that the recipe is meant for.
-        precision = "fp8" if gpu["supports_fp8"] else "bf16"
-    return "fp8_torchao" if precision == "fp8" and gpu["num_gpus"] > 1 else precision
+def _laid_out(run: Run, recipe: Recipe, stage: str, model: ModelConfig, gpu: GPUInfo) -> Demand:
+    """Return what a stage will ask of each GPU, with what is open chosen as the stage would."""
+    config = train_config(recipe, stage)
+    num_gpus = max(1, gpu["num_gpus"])
+    per_node = _per_node(num_gpus)
+    section = stage if stage == "pretrain" else f"{stage}.train"
+    require_even_shares(
+        config.tokens_per_batch,
+        config.longest_context,
+        num_gpus,
+        setting=f"{section}.tokens_per_batch",
+    )
+    recipe, _ = choosing.settle_kernels(run.stage(stage), recipe, gpu)
+    demand = choosing.demand_of(
+        recipe,
+        stage,
+        config,
+        precision=layout.precision_on(config, gpu, num_gpus=num_gpus, per_node=per_node),
+        world_size=num_gpus,
+        per_node=per_node,
+        on_gpu=gpu["num_gpus"] > 0,
+        model=model,
+    )
+    demand = choosing.with_fp8_that_fits(demand, gpu)
+    settled, _ = choosing.settle(run.stage(stage), demand, gpu)
+    demand = dataclasses.replace(demand, train=settled)
+    return layout.lay_out(demand, memory_gib=gpu["memory_gib"])
 
 
-def _machine(gpu: GPUInfo, on_gpu: bool) -> str:
-    if gpu["num_gpus"]:
-        return f"{gpu['num_gpus']} x {gpu['name']}"
-    return "one GPU of 80 GB (here is none)" if on_gpu else "this machine's CPU"
+def _planned_for(model: ModelConfig, gpus: Gpus | None) -> GPUInfo:
+    here = detect_gpu_type()
+    if gpus is None:
+        return choosing.planned_for(model, here)
+    kind, num_gpus = gpus
+    found = here if here["num_gpus"] else choosing.USUAL_GPU
+    if kind is not None and kind.upper() != here["gpu_type"]:
+        found = gpu_of_kind(kind)
+    return GPUInfo(**{**found, "num_gpus": num_gpus})
+
+
+def _per_node(num_gpus: int) -> int:
+    """Return how many GPUs a node has: all of up to eight, of more as many as nodes can share."""
+    return num_gpus if num_gpus <= MOST_PER_NODE else math.gcd(num_gpus, MOST_PER_NODE)
+
+
+def _machine(gpu: GPUInfo) -> str:
+    if not gpu["num_gpus"]:
+        return "this machine's CPU"
+    per_node = _per_node(gpu["num_gpus"])
+    nodes = f" in nodes of {per_node}" if per_node < gpu["num_gpus"] else ""
+    return f"{gpu['num_gpus']} x {gpu['name']}{nodes}"
 
 
 def print_plan(planned: StagePlan) -> None:
@@ -152,11 +189,12 @@ def describe(plan: planner.Plan) -> list[tuple[str, str]]:
     return rows
 
 
-def plan_all(run: Run, recipe: Recipe) -> None:
-    """Print the plan of every training stage."""
+def plan_all(run: Run, recipe: Recipe, gpus: Gpus | None = None) -> None:
+    """Print the plan of every training stage, on this machine or on ``gpus``."""
     model = _model_from_outside(run)
-    for stage in GATED_STAGES:
-        print_plan(plan_stage(run, recipe, stage, model=model))
+    planned = [plan_stage(run, recipe, stage, model=model, gpus=gpus) for stage in GATED_STAGES]
+    for each in planned:
+        print_plan(each)
 
 
 def _model_from_outside(run: Run, start_from: Path | None = None) -> ModelConfig | None:
@@ -222,11 +260,7 @@ def _rehearse(recipe: Recipe, planned: StagePlan) -> None:
     from sevenfold.workflow.rehearsal import rehearse
 
     stage = planned.stage
-    config = dataclasses.replace(
-        decide(planned.asked),
-        micro_batch=planned.config.micro_batch,
-        recompute=planned.config.recompute,
-    )
+    config = decide(planned.config)
     predicted = {part.seq_len: part.peak_gib for part in planned.plan.memory}
     rows = [
         [int(row["seq_len"]), predicted.get(int(row["seq_len"])), row["peak_gib"], row["tok_s"]]

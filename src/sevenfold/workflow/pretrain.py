@@ -50,7 +50,7 @@ def pretrain(run: records.Run, recipe: Recipe, options: training.StageOptions) -
         log.warning("no tokenizer says where documents begin: rows are read as plain text")
     bos_id = bos_id if config.mask_documents else None
     scorer = workbench.load_scorer(job)
-    workbench.place(scorer, job.config, job.processes)
+    workbench.place(scorer, job.recipe, job.stage, job.config, job.processes)
     bench = workbench.assemble(
         job,
         scorer,

@@ -31,7 +31,7 @@ def sft(run: records.Run, recipe: Recipe, options: training.StageOptions) -> Non
     rows, held_out = conversation_rows(job, run.data("sft"), recipe.sft.packing)
     scorer = workbench.load_scorer(job)
     scorer.neftune_noise_alpha = recipe.sft.neftune_noise_alpha
-    workbench.place(scorer, job.config, job.processes)
+    workbench.place(scorer, job.recipe, job.stage, job.config, job.processes)
     bench = workbench.assemble(job, scorer, NEXT_TOKEN, rows, held_out)
     last = workbench.train(job, bench)
     training.export(job, bench)

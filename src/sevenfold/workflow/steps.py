@@ -301,4 +301,4 @@ def call(module: str, function: str) -> Callable[..., Any]:
 def plan(options: argparse.Namespace) -> None:
     """Plan every training stage: memory, tokens, time and cost; train nothing."""
     run, recipe = recipes.resolve(options.preset, options.config, options.set, options.run)
-    call("planning", "plan_all")(run, recipe)
+    call("planning", "plan_all")(run, recipe, options.gpus)

@@ -19,7 +19,7 @@ from sevenfold.base.errors import SevenfoldError, StoppedError, UsageError
 from sevenfold.base.hardware import detect_gpu_type
 from sevenfold.data.shards import open_shards
 from sevenfold.model import float8, llama
-from sevenfold.train import loop, parallel
+from sevenfold.train import layout, loop, parallel
 from sevenfold.train.config import TrainConfig
 from sevenfold.workflow import choosing, contamination, prepare, prepared
 from sevenfold.workflow.recipe import Recipe
@@ -73,16 +73,15 @@ def decide(config: TrainConfig) -> TrainConfig:
             ``recompute`` asks for what only compiled layers do.
     """
     gpu = detect_gpu_type()
-    precision, compile_mode = config.precision, config.compile
-    if precision == "auto":
-        precision = "fp8" if gpu["supports_fp8"] else "bf16" if gpu["num_gpus"] else "fp32"
+    processes, compile_mode = parallel.join(), config.compile
+    # Before its processes have started, a stage is for all GPUs of this machine.
+    num_gpus, per_node = processes.world, processes.per_node
+    if num_gpus == 1:
+        num_gpus = per_node = max(1, gpu["num_gpus"])
+    precision = layout.precision_on(config, gpu, num_gpus=num_gpus, per_node=per_node)
     if compile_mode == "auto":
         compile_mode = gpu["compile_mode"]  # type: ignore[assignment]
-    processes = parallel.join()
-    decided = dataclasses.replace(config, precision=precision)
-    whole = parallel.may_keep_whole(decided, processes)
-    if precision == "fp8" and not whole and (gpu["num_gpus"] > 1 or processes.world > 1):
-        precision = "fp8_torchao"
+    if precision == "fp8_torchao" != config.precision:
         log.warning("fp8: several GPUs train with torchao's recipe (precision fp8_torchao)")
     if precision in ("fp8", "fp8_torchao"):
         float8.require_float8(torchao=precision == "fp8_torchao")
@@ -221,7 +220,7 @@ def open_job(
         stage,
         decide(config),
         model_folder=source.folder,
-        world_size=processes.world,
+        processes=processes,
         keep=options.resume,
     )
     job = Job(

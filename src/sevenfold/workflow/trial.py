@@ -135,7 +135,7 @@ def _random_scorer(
         scorer.model = adapters.add_adapter(scorer.model, recipe.lora.adapter)
     if stage == "sft":
         scorer.neftune_noise_alpha = recipe.sft.neftune_noise_alpha
-    workbench.place(scorer, config, processes)
+    workbench.place(scorer, recipe, stage, config, processes)
     return scorer
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -23,19 +22,17 @@ from sevenfold.model import accumulating, attention, float8, four_bits, kernels,
 from sevenfold.model.config import KernelConfig, from_hf
 from sevenfold.objective.agreement import require_agreement
 from sevenfold.objective.next_token import Objective, Scorer
-from sevenfold.train import checkpoint, loop, memory, optimizer, parallel, planner, resuming
+from sevenfold.train import checkpoint, loop, optimizer, parallel, resuming
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.recovery import Decisions, StepGuard
-from sevenfold.workflow import remaining, tracking, watching
+from sevenfold.workflow import choosing, remaining, tracking, watching
+from sevenfold.workflow.recipe import Recipe
 from sevenfold.workflow.training import Job
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # The share that torch.compile may keep of the activations it would keep at the highest speed. Where
 # computing all again but products and attention needs less (0.70 at the 7B's shape), it does that.
 CHEAP = 0.9
-# The share of a GPU's memory that may be planned for: beyond it layers give their gathered weights
-# back between forward and backward, and nodes hold shares of one model instead of a copy each.
-WHOLE_WEIGHTS_FRACTION = 0.9
 COMPILE_MODES = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}
 
 
@@ -130,16 +127,25 @@ def make_scorer(model: Any, config: TrainConfig, kernel: str) -> Scorer:
     return Scorer(model, kernel=kernel)
 
 
-def place(scorer: Scorer, config: TrainConfig, processes: parallel.Processes) -> None:
-    """Compile layer by layer and shard over the processes, once adapters are in place.
+def place(
+    scorer: Scorer,
+    recipe: Recipe,
+    stage: str,
+    config: TrainConfig,
+    processes: parallel.Processes,
+) -> None:
+    """Compile layer by layer and lay out over the processes, once adapters are in place.
 
     What earlier stages in this process compiled is forgotten first: PyTorch keeps eight variants
     of a function (lengths, rows, with and without gradients) and runs any further one uncompiled.
     """
-    whole = keeps_whole(scorer, config, processes)
-    if whole:
-        parallel.replicate(scorer, processes)
-    alone = processes.world == 1 or whole
+    held = None
+    if processes.world > 1:
+        model = from_hf(scorer.causal_model.config)
+        held = choosing.laid_out(recipe, stage, config, model, processes)
+        if held.replicated:
+            parallel.replicate(scorer, processes)
+    alone = held is None or held.replicated
     if alone and processes.device.type == "cuda" and _is_all_bf16(scorer, config):
         accumulating.accumulate_in_products(scorer.model)
     layers = list(scorer.causal_model.get_decoder().layers)
@@ -148,75 +154,15 @@ def place(scorer: Scorer, config: TrainConfig, processes: parallel.Processes) ->
         functorch.activation_memory_budget = CHEAP if config.recompute == "cheap" else 1.0
         for layer in layers:
             layer.compile(mode=COMPILE_MODES[config.compile], dynamic=False)
-    if not alone:
-        copies, gathered = sharding(scorer, config, processes)
-        bf16 = config.precision != "fp32"
-        parallel.shard(scorer, layers, processes, bf16=bf16, num_copies=copies, keep_whole=gathered)
-
-
-def keeps_whole(scorer: Scorer, config: TrainConfig, processes: parallel.Processes) -> bool:
-    """Return whether each of several processes keeps whole weights and updates a share of them.
-
-    Where the planned peak leaves room for it; our FP8 is not sharded, so it tries without asking.
-    """
-    if processes.world == 1 or not parallel.may_keep_whole(config, processes):
-        return False
-    if config.precision == "fp8":
-        return True
-    room_gib = WHOLE_WEIGHTS_FRACTION * detect_gpu_type()["memory_gib"]
-    peak_gib = _peak_gib(scorer, config, processes, replicated=True)
-    return processes.agree(peak_gib <= room_gib)
-
-
-def sharding(
-    scorer: Scorer, config: TrainConfig, processes: parallel.Processes
-) -> tuple[int, bool]:
-    """Return how many copies of the model the processes hold, and whether layers stay gathered.
-
-    Each node holds a copy of its own, and layers stay gathered from forward to backward, where
-    the planned peak leaves room for it; all processes see to it that all decide alike.
-    """
-    if processes.world == 1:
-        return 1, False
-    room_gib = WHOLE_WEIGHTS_FRACTION * detect_gpu_type()["memory_gib"]
-    per_node, peak_gib = processes.per_node, functools.partial(_peak_gib, scorer, config, processes)
-    same = processes.sum([float(per_node)]) == [float(per_node * processes.world)]
-    nodes = processes.world // per_node if same and per_node > 1 else 1
-    copies = nodes if processes.agree(peak_gib(nodes) <= room_gib) else 1
-    model = from_hf(scorer.causal_model.config)
-    weight_bytes = {"fp32": 4, "bf16": 2, "fp8_torchao": 1}[config.precision]
-    whole_gib = model.num_layers * model.num_layer_matmul_parameters * weight_bytes / memory.GIB
-    return copies, processes.agree(peak_gib(copies) + whole_gib <= room_gib)
-
-
-def _peak_gib(
-    scorer: Scorer,
-    config: TrainConfig,
-    processes: parallel.Processes,
-    copies: int = 1,
-    *,
-    replicated: bool = False,
-) -> float:
-    trained = [p for p in scorer.parameters() if p.requires_grad]
-    trains_all = len(trained) == len(list(scorer.parameters()))
-    num_shards = processes.world // copies
-    num_trained = sum(p.numel() for p in trained)
-    demand = memory.Demand(
-        model=from_hf(scorer.causal_model.config),
-        train=config,
-        precision=config.precision,  # type: ignore[arg-type]
-        world_size=num_shards,
-        replicated=replicated,
-        loss_kernel=scorer.kernel,  # type: ignore[arg-type]
-        compiled=config.compile != "none",
-        adapter=None if trains_all else memory.Adapter(num_parameters=num_trained),
-    )
-    planned = planner.plan(demand, num_steps=1)
-    if copies == 1 or not trains_all:
-        return planned.peak_gib
-    # FSDP2 keeps sums of gradients in fp32, as an adapter's are, until they pass between copies.
-    more_bytes = (4 - memory.BYTES[config.weights]) * planned.num_parameters / num_shards
-    return planned.peak_gib + more_bytes / memory.GIB
+    if held is not None and not held.replicated:
+        parallel.shard(
+            scorer,
+            layers,
+            processes,
+            bf16=config.precision != "fp32",
+            num_copies=held.copies,
+            keep_whole=held.stays_gathered,
+        )
 
 
 def _is_all_bf16(scorer: Scorer, config: TrainConfig) -> bool:

@@ -18,7 +18,8 @@ from sevenfold.train.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from sevenfold.train.memory import Adapter, Demand
+from sevenfold.train.layout import lay_out
+from sevenfold.train.memory import Adapter, Demand, Precision
 from sevenfold.train.planner import Plan, Rate, assumed_mfu, plan, require_room
 from sevenfold.workflow.planning import describe
 
@@ -122,6 +123,17 @@ def test_within_five_percent_of_fp32_weights_under_autocast(
 def test_two_gpus_share_weights_gradients_and_moments() -> None:
     train = dataclasses.replace(TRAIN, micro_batch=4)
     assert big_plan(train=train, world_size=2).peak_gib == pytest.approx(57.2, rel=0.05)
+
+
+@pytest.mark.parametrize(("precision", "measured_gib"), [("bf16", 105.1), ("fp8_torchao", 82.0)])
+def test_layers_that_stay_gathered_are_counted(precision: Precision, measured_gib: float) -> None:
+    """Two H200s with 8 rows and two micro-batches a step: 11 and 6 GiB more than without."""
+    train = dataclasses.replace(TRAIN, micro_batch=8, tokens_per_batch=65_536)
+    demand = Demand(model=BIG, train=train, precision=precision, world_size=2)
+    found = lay_out(demand, memory_gib=139.8)
+    assert (found.stays_gathered, found.replicated, found.copies) == (True, False, 1)
+    assert found.peak_gib == pytest.approx(measured_gib, rel=0.015)
+    assert found.peak_gib > demand.peak_gib + 5
 
 
 def test_parts_are_counted_from_the_sizes() -> None:

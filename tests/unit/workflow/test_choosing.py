@@ -15,8 +15,9 @@ from tests.unit.workflow.test_pretrain import write_shards
 from sevenfold.base import storage
 from sevenfold.base.errors import BadDataError
 from sevenfold.base.hardware import GPUInfo
-from sevenfold.model import kernels
+from sevenfold.model import float8, kernels
 from sevenfold.model.config import KernelConfig
+from sevenfold.train import replicas
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.memory import Demand
 from sevenfold.workflow import choosing, remaining, training
@@ -97,7 +98,7 @@ def test_a_small_model_without_a_gpu_gets_what_this_machine_holds(
     asked = choosing.demand_of(
         recipe, "pretrain", recipe.pretrain, precision="fp32", world_size=1, on_gpu=False
     )
-    peak_gib = choosing.peak_gib(opened(asked, micro_batch=64))
+    peak_gib = opened(asked, micro_batch=64).peak_gib
     monkeypatch.setattr(choosing, "machine_memory_gib", lambda: peak_gib / 0.94)
     assert choosing.choose(asked, CPU).micro_batch == 64
     monkeypatch.setattr(choosing, "machine_memory_gib", lambda: peak_gib / 0.96)
@@ -163,6 +164,27 @@ def test_a_choice_that_cannot_be_read_may_be_removed(
 
 def _kept(folder: Path) -> dict[str, Any]:
     return dict(storage.read_json(folder / choosing.FILE))
+
+
+def test_fp8_is_shared_where_whole_weights_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(replicas, "WANTED", True)
+    asked = demand("fp8", 8)
+    small = GPUInfo(**{**H100, "memory_gib": 36.0})
+    assert choosing.with_fp8_that_fits(asked, H100) == asked
+    found = choosing.with_fp8_that_fits(asked, small)
+    assert (found.precision, found.train.precision) == ("fp8_torchao", "fp8_torchao")
+    assert choosing.with_fp8_that_fits(demand("fp8"), small).precision == "fp8"  # alone
+    assert choosing.with_fp8_that_fits(demand("bf16", 8), small).precision == "bf16"
+    # A stage says so, and asks for what it needs.
+    required: list[bool] = []
+    monkeypatch.setattr(float8, "require_float8", lambda torchao: required.append(torchao))
+    assert choosing._trainable(asked, small) == found
+    assert required == [True]
+    assert "whole weights do not fit; shared ones train with torchao's recipe" in caplog.text
+    assert choosing._trainable(asked, H100) == asked
+    assert required == [True]
 
 
 def test_a_stage_keeps_its_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from torch._functorch import config as functorch
 
 from sevenfold.base.errors import UsageError
 from sevenfold.model.config import KernelConfig
-from sevenfold.train import parallel, replicas
+from sevenfold.train import parallel
 from sevenfold.workflow import cli, training, workbench
 from sevenfold.workflow import recipe as recipes
 
@@ -47,7 +47,28 @@ def test_a_stage_compiles_afresh(
     model = types.SimpleNamespace(get_decoder=lambda: decoder)
     scorer: Any = types.SimpleNamespace(causal_model=model)
     _, recipe = recipes.resolve(overrides=[f"pretrain.compile={mode}"])
-    workbench.place(scorer, recipe.pretrain, parallel.join())
+    workbench.place(scorer, recipe, "pretrain", recipe.pretrain, parallel.join())
+    assert notes == expected
+
+
+@pytest.mark.parametrize(
+    ("replicated", "expected"),
+    [(True, ["whole"]), (False, [{"bf16": True, "num_copies": 2, "keep_whole": True}])],
+)
+def test_several_processes_hold_the_model_as_planned(
+    replicated: bool, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = types.SimpleNamespace(replicated=replicated, copies=2, stays_gathered=True)
+    notes: list[Any] = []
+    monkeypatch.setattr(workbench.choosing, "laid_out", lambda *asked: held)
+    monkeypatch.setattr(parallel, "replicate", lambda *_: notes.append("whole"))
+    monkeypatch.setattr(parallel, "shard", lambda *_, **how: notes.append(how))
+    _, recipe = recipes.resolve(overrides=["pretrain.precision=bf16"])
+    decoder = types.SimpleNamespace(layers=[])
+    model = types.SimpleNamespace(config=recipe.model.to_hf(), get_decoder=lambda: decoder)
+    scorer: Any = types.SimpleNamespace(causal_model=model)
+    four = parallel.Processes(rank=0, world=4, device=torch.device("cpu"), per_node=2)
+    workbench.place(scorer, recipe, "pretrain", recipe.pretrain, four)
     assert notes == expected
 
 
@@ -87,7 +108,7 @@ def test_cheap_recomputation_keeps_products_only() -> None:
         nothing = types.SimpleNamespace(layers=[])
         model = types.SimpleNamespace(get_decoder=lambda found=nothing: found)
         scorer: Any = types.SimpleNamespace(causal_model=model)
-        workbench.place(scorer, config, parallel.join())
+        workbench.place(scorer, recipe, "pretrain", config, parallel.join())
         graphs: list[torch.fx.GraphModule] = []
 
         def note(graph: torch.fx.GraphModule, _: Any, found: Any = graphs) -> Any:
@@ -114,89 +135,6 @@ def test_cheap_recomputation_without_compiling_is_refused() -> None:
     )
     with pytest.raises(UsageError, match="cheap is torch.compile's.*set recompute to false or"):
         training.decide(recipe.pretrain)
-
-
-class Agreeing(parallel.Processes):
-    """Processes of one opinion."""
-
-    def sum(self, values: list[float]) -> list[float]:
-        return [value * self.world for value in values]
-
-
-@pytest.mark.parametrize(
-    ("nodes", "per_node", "memory_gib", "rows", "expected"),
-    [
-        (1, 2, 140, 8, (1, True)),
-        (1, 2, 80, 4, (1, True)),
-        (1, 2, 80, 5, (1, False)),
-        (1, 8, 80, 2, (1, True)),
-        (2, 8, 80, 2, (2, True)),
-        (4, 8, 40, 1, (4, True)),
-        (4, 8, 40, 2, (4, False)),
-        (4, 2, 44, 1, (4, False)),
-        (4, 2, 40, 1, (1, True)),  # 32.2 GiB, and 6.9 that sums of gradients take more in fp32
-        (4, 2, 40, 2, (1, False)),
-        (4, 1, 80, 2, (1, True)),
-    ],
-)
-def test_memory_decides_how_the_7b_is_shared_out(
-    nodes: int,
-    per_node: int,
-    memory_gib: float,
-    rows: int,
-    expected: tuple[int, bool],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A copy on each node where a node's GPUs have room for it, and layers gathered once."""
-    _, recipe = recipes.resolve("7b", overrides=[f"pretrain.micro_batch={rows}"])
-    config = dataclasses.replace(recipe.pretrain, precision="bf16")
-    monkeypatch.setattr(workbench, "detect_gpu_type", lambda: {"memory_gib": memory_gib})
-    model = types.SimpleNamespace(config=recipe.model.to_hf())
-    weights = [torch.nn.Parameter(torch.zeros(1))]
-    scorer: Any = types.SimpleNamespace(
-        causal_model=model, kernel="cce", parameters=lambda: iter(weights)
-    )
-    processes = Agreeing(
-        rank=0, world=nodes * per_node, device=torch.device("cpu"), per_node=per_node
-    )
-    assert workbench.sharding(scorer, config, processes) == expected
-
-
-@pytest.mark.parametrize(
-    ("wanted", "nodes", "weights", "precision", "memory_gib", "expected"),
-    [
-        (True, 1, "bf16", "bf16", 60, True),
-        (True, 1, "bf16", "bf16", 57, False),
-        (True, 1, "bf16", "fp8", 57, True),
-        (True, 1, "fp32", "bf16", 140, False),
-        (True, 2, "bf16", "fp8", 140, False),
-        (False, 1, "bf16", "bf16", 80, False),
-    ],
-)
-def test_gpus_of_one_node_keep_whole_weights_where_they_fit(
-    wanted: bool,
-    nodes: int,
-    weights: Any,
-    precision: Any,
-    memory_gib: float,
-    expected: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A 7B's 2 rows on each of two GPUs: 52.5 GiB planned, of which 90 % of 60 have room."""
-    monkeypatch.setattr(replicas, "WANTED", wanted)
-    monkeypatch.setattr(workbench, "detect_gpu_type", lambda: {"memory_gib": memory_gib})
-    _, recipe = recipes.resolve("7b", overrides=["pretrain.micro_batch=2"])
-    adamw = dataclasses.replace(recipe.pretrain.optimizer, kind="adamw")
-    config = dataclasses.replace(recipe.pretrain, precision=precision)
-    if weights == "fp32":
-        config = dataclasses.replace(config, weights=weights, optimizer=adamw)
-    model = types.SimpleNamespace(config=recipe.model.to_hf())
-    weight = [torch.nn.Parameter(torch.zeros(1))]
-    scorer: Any = types.SimpleNamespace(
-        causal_model=model, kernel="chunked", parameters=lambda: iter(weight)
-    )
-    processes = Agreeing(rank=0, world=2, device=torch.device("cpu"), per_node=2 // nodes)
-    assert workbench.keeps_whole(scorer, config, processes) is expected
 
 
 def test_four_bits_train_on_one_gpu() -> None:
