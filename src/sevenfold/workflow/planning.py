@@ -127,7 +127,8 @@ def _planned_for(model: ModelConfig, gpus: Gpus | None) -> GPUInfo:
 
 def _per_node(num_gpus: int) -> int:
     """Return how many GPUs a node has: all of up to eight, of more as many as nodes can share."""
-    return num_gpus if num_gpus <= MOST_PER_NODE else math.gcd(num_gpus, MOST_PER_NODE)
+    most = max(MOST_PER_NODE, detect_gpu_type()["num_gpus"])
+    return num_gpus if num_gpus <= most else math.gcd(num_gpus, most)
 
 
 def _machine(gpu: GPUInfo) -> str:

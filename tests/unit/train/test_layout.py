@@ -48,6 +48,7 @@ def with_weights(weights: Any) -> TrainConfig:
         (4, 2, 40, 1, (1, True)),  # 32.2 GiB, and 6.9 that sums of gradients take more in fp32
         (4, 2, 40, 2, (1, False)),
         (4, 1, 80, 2, (1, True)),
+        (4, 1, 140, 2, (1, True)),  # a copy each would have room, but nothing would be shared
     ],
 )
 def test_memory_decides_how_the_7b_is_shared_out(
