@@ -145,13 +145,21 @@ def place(scorer: Scorer, config: TrainConfig, processes: parallel.Processes) ->
     layers = list(scorer.causal_model.get_decoder().layers)
     if config.compile != "none":
         torch.compiler.reset()
-        functorch.activation_memory_budget = CHEAP if config.recompute == "cheap" else 1.0
+        set_what_is_kept(config)
         for layer in layers:
             layer.compile(mode=COMPILE_MODES[config.compile], dynamic=False)
     if not alone:
         copies, gathered = sharding(scorer, config, processes)
         bf16 = config.precision != "fp32"
         parallel.shard(scorer, layers, processes, bf16=bf16, num_copies=copies, keep_whole=gathered)
+
+
+def set_what_is_kept(config: TrainConfig) -> None:
+    """Have torch.compile keep for the backward pass what ``config`` has memory for."""
+    functorch.activation_memory_budget = CHEAP if config.recompute == "cheap" else 1.0
+    # An FP8 product's input is cast again: kept as well, transposed, four rows of 2,048 of the 7B
+    # would take 5 GiB more, which 80 GB do not have.
+    functorch.ban_recompute_materialized_backward = config.precision != "fp8"
 
 
 def keeps_whole(scorer: Scorer, config: TrainConfig, processes: parallel.Processes) -> bool:
