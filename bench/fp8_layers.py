@@ -1,7 +1,7 @@
 """Where the time of the 7B's layers goes: forward and backward, with gradients added up.
 
     PYTHONPATH=src python bench/fp8_layers.py [bf16_plain] [bf16] [fp8] [fp8_torchao]
-                                              [--micro-batch 4] [--cheap]
+                                              [--micro-batch 4] [--cheap] [--keep]
 
 One JSON line a precision: milliseconds a layer and micro-batch, seconds to compile, memory, and the
 kernels that take longest, in microseconds a layer. Needs a GPU; fp8 needs Hopper.
@@ -34,7 +34,7 @@ CONVERT = {
 }
 
 
-def build(precision: str) -> Any:
+def build(precision: str, *, keep: bool) -> Any:
     """Return a few layers of the 7B, compiled as training compiles them."""
     from transformers import LlamaForCausalLM
 
@@ -48,14 +48,15 @@ def build(precision: str) -> Any:
         )
     torch.set_default_dtype(torch.float32)
     CONVERT[precision](model)
+    functorch.ban_recompute_materialized_backward = precision != "fp8" or keep
     for layer in model.model.layers:
         layer.compile(dynamic=False)
     return model
 
 
-def measure(precision: str, micro_batch: int) -> dict[str, Any]:
+def measure(precision: str, micro_batch: int, *, keep: bool) -> dict[str, Any]:
     """Time a precision and name its longest kernels."""
-    model = build(precision)
+    model = build(precision, keep=keep)
     ids_bt = torch.randint(0, 1024, (micro_batch, LENGTH), device="cuda")
 
     def step(*, first: bool = False) -> None:
@@ -104,12 +105,13 @@ def main() -> None:
     parser.add_argument("precision", nargs="*", default=list(CONVERT))
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--cheap", action="store_true", help="recompute what costs little")
+    parser.add_argument("--keep", action="store_true", help="keep transposed inputs in FP8")
     options = parser.parse_args()
     functorch.activation_memory_budget = workbench.CHEAP if options.cheap else 1.0
     attention.register_attention()
     attention.prefer_fast_kernels(torch.cuda.get_device_capability(), deterministic=False)
     for precision in options.precision:
-        print_raw(json.dumps(measure(precision, options.micro_batch)) + "\n")
+        print_raw(json.dumps(measure(precision, options.micro_batch, keep=options.keep)) + "\n")
 
 
 if __name__ == "__main__":

@@ -52,8 +52,9 @@ CONFIG = dataclasses.replace(
 IN_8_BITS = dataclasses.replace(
     CONFIG, weights="bf16", optimizer=dataclasses.replace(CONFIG.optimizer, kind="adamw_8bit")
 )
-# Eager and compiled layers round differently; over 24 steps the losses may differ by so much.
-TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
+# Eager and compiled layers round differently; so much may losses differ in the first 8 steps, and
+# in all 24, by whose end a difference has grown (on an H200 in fp32: 6e-6, then 1.3e-3).
+TOLERANCE = {"fp32": (1e-4, 1e-2), "bf16": (2e-2, 2e-2)}
 
 
 class Table:
@@ -249,7 +250,9 @@ def test_compiled_layers_train_as_eager_ones_within_rounding(
         made = toy(tmp_path / str(compiled), config=config, compiled=compiled)
         loop.fit(made)
         found.append([row["loss"] for row in made.metrics.read() if "event" not in row])
-    assert np.allclose(found[0], found[1], rtol=TOLERANCE[precision], atol=0)
+    first, last = TOLERANCE[precision]
+    assert np.allclose(found[0][:8], found[1][:8], rtol=first, atol=0)
+    assert np.allclose(found[0], found[1], rtol=last, atol=0)
 
 
 def working_memory(made: loop.Workbench) -> int:

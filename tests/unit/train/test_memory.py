@@ -16,9 +16,11 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 
-from sevenfold.model import lora
+from sevenfold.model import float8, lora
 from sevenfold.model.config import LoRAAdapterConfig, ModelConfig
+from sevenfold.train.config import TrainConfig
 from sevenfold.train.memory import Adapter, Demand, Precision
+from sevenfold.workflow import workbench
 
 MODEL = ModelConfig(
     vocab_size=128,
@@ -78,7 +80,7 @@ def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, 
 
 
 def kept_bytes_per_token(
-    weights: torch.dtype, *, autocast: bool, budget: float, targets: tuple[str, ...] | None
+    weights: torch.dtype, train: TrainConfig, targets: tuple[str, ...] | None
 ) -> float:
     """Return the bytes that one layer's backward is given for each token, rotations apart."""
     from transformers import AttentionInterface, LlamaForCausalLM
@@ -87,6 +89,8 @@ def kept_bytes_per_token(
     model: Any = LlamaForCausalLM._from_config(MODEL.to_hf(), attn_implementation="memory_test")
     model.to(weights)
     layer, rotary = model.model.layers[0], model.model.rotary_emb
+    if train.precision == "fp8":
+        float8.convert_to_float8(model, emulate=True)
     if targets is not None:
         config = LoRAAdapterConfig(r=16, alpha=32, dropout=0.0, targets=targets)
         lora.add_adapter(model, config)
@@ -113,11 +117,16 @@ def kept_bytes_per_token(
     )
     layer.compile(backend=backend, dynamic=False)
     context: Any = contextlib.nullcontext()
-    if autocast:
+    if train.weights == "fp32" and train.precision == "bf16":
         context = torch.autocast("cpu", torch.bfloat16)
     hidden = torch.randn(ROWS, LENGTH, MODEL.hidden_size, dtype=weights, requires_grad=True)
     positions = torch.arange(LENGTH)[None].expand(ROWS, -1)
-    with functorch.patch(activation_memory_budget=budget), context:
+    # Given as they are, so that they are again afterwards.
+    with (
+        functorch.patch(activation_memory_budget=1.0, ban_recompute_materialized_backward=True),
+        context,
+    ):
+        workbench.set_what_is_kept(train)
         out = layer(hidden, position_embeddings=rotary(hidden, positions), position_ids=positions)
         out.float().sum().backward()
     # Of a token's own: not weights, nor the cosines and sines that all layers share; views once.
@@ -146,6 +155,7 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
         ("bf16", "bf16", False, ("gate_proj", "down_proj")),
         ("fp32", "bf16", False, ALL),
         ("fp32", "bf16", False, ("q_proj", "v_proj")),
+        ("bf16", "fp8", False, None),
     ],
 )
 def test_what_a_compiled_layer_keeps_is_what_is_counted(
@@ -154,6 +164,7 @@ def test_what_a_compiled_layer_keeps_is_what_is_counted(
     train = dataclasses.replace(
         TRAIN,
         weights=weights,
+        precision=precision,
         recompute=recompute,
         optimizer=dataclasses.replace(TRAIN.optimizer, kind="adamw"),
     )
@@ -165,9 +176,6 @@ def test_what_a_compiled_layer_keeps_is_what_is_counted(
         adapter=None if targets is None else Adapter(num_parameters=1, rank=16, targets=targets),
     )
     found = kept_bytes_per_token(
-        torch.float32 if weights == "fp32" else torch.bfloat16,
-        autocast=weights != precision,
-        budget=0.9 if recompute == "cheap" else 1.0,
-        targets=targets,
+        torch.float32 if weights == "fp32" else torch.bfloat16, train, targets
     )
     assert demand.layer_bytes_per_token() == found
