@@ -13,6 +13,8 @@ CCE for the 7B at 2048 tokens, and fp32 weights under autocast for the model of 
     fp8_torchao, micro-batch 2, 1 a step      43 GiB     43.1 GiB   +0.2 %
     fp8_torchao, micro-batch 2, 8 a step      54 GiB     54.7 GiB   +1.2 %
     fp8_torchao, micro-batch 4, 4 a step      66 GiB     67.5 GiB   +2.3 %
+    bf16, micro-batch 8, two of 140 GiB       105.1 GiB  106.4 GiB  +1.2 %
+    fp8_torchao, the same                     82.0 GiB   81.9 GiB   -0.2 %
     125 M, pretraining, micro-batch 16        12.16 GiB  12.26 GiB  +0.8 %
     125 M, SFT and DPO, micro-batch 8         7.12 GiB   7.24 GiB   +1.6 %
     125 M, LoRA of rank 16, micro-batch 8     6.31 GiB   6.21 GiB   -1.6 %
@@ -20,7 +22,8 @@ CCE for the 7B at 2048 tokens, and fp32 weights under autocast for the model of 
 
 The last three were measured when the loss kept the logits of 2,048 positions and their gradients
 instead of all logits, and are predicted with those; the first two when weight gradients were not
-added up inside their products yet. Nothing is fitted to these figures.
+added up inside their products yet. On two GPUs, layers stayed gathered from forward to backward
+where that is said to have room (`layout.py`). Nothing is fitted to these figures.
 Four-bit bases and uncompiled layers follow from the same counting and may be further off.
 """
 
