@@ -37,7 +37,7 @@ def test_the_noise_reaches_the_scorer(
         assert placed is scorer
         raise ReadyError
 
-    job = types.SimpleNamespace(config=None, processes=None)
+    job = types.SimpleNamespace(recipe=None, stage="sft", config=None, processes=None)
     monkeypatch.setattr(sft.training, "open_source", lambda *_: None)
     monkeypatch.setattr(sft.training, "open_rows", lambda *_: "")
     monkeypatch.setattr(sft.training, "open_job", lambda *_, **__: job)
