@@ -137,7 +137,7 @@ def test_the_transposing_kernel_moves_every_byte(rows: int, columns: int) -> Non
     assert torch.equal(transpose(bytes_of_it), bytes_of_it.t())
 
 
-def test_the_kernels_of_the_optimizer_compute_what_is_written_down(
+def test_the_kernels_of_the_optimizers_phase_compute_what_is_written_down(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Beside the functions that run on CPUs; without a GPU Triton's interpreter is asked."""

@@ -72,6 +72,7 @@ class AdamW8bit(torch.optim.Optimizer):
         loss = None if closure is None else closure()
         trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         seeds = _seeds(trained)
+        updates = []
         for group in self.param_groups:
             factors: dict[tuple[float, torch.device], Tensor] = {}
             for parameter in group["params"]:
@@ -81,8 +82,11 @@ class AdamW8bit(torch.optim.Optimizer):
                 state["step"] += 1
                 key = (float(state["step"]), parameter.device)
                 if key not in factors:
+                    # Before any update: what is copied to a GPU waits for all that it has to do.
                     factors[key] = self._factors(group, *key)
-                _apply(parameter, state, factors[key], seeds[parameter], group)
+                updates.append((parameter, state, factors[key], seeds[parameter], group))
+        for each in updates:
+            _apply(*each)
         self._gradient_factor = None
         return loss
 

@@ -153,9 +153,10 @@ def train_step(bench: Workbench, batch: Batch, length: int, stop: StopRequest) -
     stop.agreed = stops > 0
     rate = learning_rate(bench.config.schedule, bench.step, bench.num_steps)
     optimizer.set_learning_rate(bench.optimizer, rate)
+    parameters = list(bench.trained.values())  # listed later, it would keep a GPU waiting
     sums = _fitting(bench, bench.step, length, lambda: _gradients(bench, batch, length, weight))
     bench.clock.mark(UPDATE)
-    norm, grad_norm = optimizer.gradient_norm(bench.trained.values())
+    norm, grad_norm = optimizer.gradient_norm(parameters)
     launch.at_phase(bench.step + 1, "clip")
     row = {"loss": sums.pop("total") / max(weight, 1.0), "grad_norm": grad_norm, "lr": rate}
     if weight:

@@ -1,13 +1,17 @@
-"""What the kernels of 8-bit AdamW are held to: the functions that run on CPUs.
+"""What the kernels of the optimizer's phase are held to: the functions that run on CPUs.
 
 By Triton's interpreter where there is no GPU: ``TRITON_INTERPRET=1 python update_kernels.py``.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from sevenfold.model import many_tensors
+from sevenfold.model.float8_linear import E4M3
 from sevenfold.train import adamw_8bit
 from sevenfold.train.adamw_8bit import BLOCK, MOMENTS, _codes_of
 
@@ -107,12 +111,32 @@ def check_every_edge(device: str) -> None:
         assert torch.equal(code.long(), wanted)
 
 
+def check_norms_and_casts(device: str) -> None:
+    """Of lengths that are no multiples of anything, and longer than all programs' first tiles."""
+    lengths = (5, 4096, 10_000, many_tensors.PARTS * many_tensors.TILE * 2 + 17)
+    # Triton's interpreter rounds FP8 in its own way (1.99 becomes 1), so it gets what FP8 can hold.
+    values = [drawn(length, seed=length).to(E4M3).bfloat16() for length in lengths]
+    if device != "cpu":
+        values = [drawn(length, seed=length).bfloat16() for length in lengths]
+    placed = [value.to(device) for value in values]
+    for order in (2.0, math.inf):
+        exact = torch.stack([value.double().norm(order) for value in values]).float()
+        found = many_tensors.norms_in_one_launch(placed, order)
+        torch.testing.assert_close(found.cpu(), exact, rtol=1e-6, atol=0)
+    scales = torch.tensor([64.0, 8.0, 32.0, 16.0])
+    targets = [torch.zeros_like(value, dtype=E4M3) for value in placed]
+    many_tensors.cast_in_one_launch(placed, scales.to(device), targets)
+    for value, scale, target in zip(values, scales, targets, strict=True):
+        assert torch.equal(target.cpu().float(), (value * scale).to(E4M3).float())
+
+
 def check(device: str) -> None:
     """Compare everything."""
     for dtype in (torch.bfloat16, torch.float32):
         check_blocks(device, num_blocks=21, dtype=dtype)
         check_vectors(device, length=1500, dtype=dtype)
     check_every_edge(device)
+    check_norms_and_casts(device)
 
 
 if __name__ == "__main__":
