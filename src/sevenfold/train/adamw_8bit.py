@@ -72,7 +72,6 @@ class AdamW8bit(torch.optim.Optimizer):
         loss = None if closure is None else closure()
         trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         seeds = _seeds(trained)
-        updates = []
         for group in self.param_groups:
             factors: dict[tuple[float, torch.device], Tensor] = {}
             for parameter in group["params"]:
@@ -82,24 +81,23 @@ class AdamW8bit(torch.optim.Optimizer):
                 state["step"] += 1
                 key = (float(state["step"]), parameter.device)
                 if key not in factors:
-                    # Before any update: what is copied to a GPU waits for all that it has to do.
                     factors[key] = self._factors(group, *key)
-                updates.append((parameter, state, factors[key], seeds[parameter], group))
-        for each in updates:
-            _apply(*each)
+                _apply(parameter, state, factors[key], seeds[parameter], group)
         self._gradient_factor = None
         return loss
 
     def _factors(self, group: dict[str, Any], step: float, device: torch.device) -> Tensor:
         """Return what changes from step to step, [4].
 
-        Kept weight, step size, 1 / sqrt(correction 2), factor of the gradients: as a tensor, since
-        compiled code would be compiled anew for every other number.
+        Kept weight, step size, 1 / sqrt(correction 2), factor of the gradients, which is known to
+        the device only.
         """
         beta1, beta2 = group["betas"]
         kept = 1 - group["lr"] * group["weight_decay"]
         step_size = group["lr"] / (1 - beta1**step)
-        known = torch.tensor([kept, step_size, (1 - beta2**step) ** -0.5, 1.0]).to(device)
+        numbers = (kept, step_size, (1 - beta2**step) ** -0.5, 1.0)
+        # Filled there: to copy them to a GPU would be to wait for the groups before.
+        known = torch.cat([torch.full((1,), number, device=device) for number in numbers])
         if self._gradient_factor is not None:
             known[3] = self._gradient_factor
         return known

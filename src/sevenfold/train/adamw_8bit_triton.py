@@ -163,9 +163,9 @@ def _adamw(
     gradient = gradient * tl.load(factors + 3)
     moment = _between(moment, gradient, weight1)
     square = _between(square, gradient * gradient, weight2)
-    spread = tl.sqrt(square) * tl.load(factors + 2) + epsilon
-    # 1 / spread in three instructions; a division, which minds the largest and smallest, has eight.
-    change = tl.load(factors + 1) * moment * tl.rsqrt(spread * spread)
+    # A division minds the largest and smallest numbers, in eight instructions; these are three.
+    inverse = tl.rsqrt(tl.sqrt(square) * tl.load(factors + 2) + epsilon)
+    change = tl.load(factors + 1) * moment * inverse * inverse
     return old * tl.load(factors) - change, moment, square
 
 
