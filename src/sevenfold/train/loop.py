@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import dataclasses
 import logging
 import math
@@ -69,7 +70,7 @@ class Workbench:
         """Optimizer steps of the whole stage."""
         return self.batches.num_steps
 
-    @property
+    @functools.cached_property  # a GPU would wait for it in every step
     def trained(self) -> dict[str, Tensor]:
         """The parameters that training changes, by name; of whole ones on several GPUs, shares."""
         return replicas.trained(self.scorer)
@@ -153,10 +154,9 @@ def train_step(bench: Workbench, batch: Batch, length: int, stop: StopRequest) -
     stop.agreed = stops > 0
     rate = learning_rate(bench.config.schedule, bench.step, bench.num_steps)
     optimizer.set_learning_rate(bench.optimizer, rate)
-    parameters = list(bench.trained.values())  # listed later, it would keep a GPU waiting
     sums = _fitting(bench, bench.step, length, lambda: _gradients(bench, batch, length, weight))
     bench.clock.mark(UPDATE)
-    norm, grad_norm = optimizer.gradient_norm(parameters)
+    norm, grad_norm = optimizer.gradient_norm(bench.trained.values())
     launch.at_phase(bench.step + 1, "clip")
     row = {"loss": sums.pop("total") / max(weight, 1.0), "grad_norm": grad_norm, "lr": rate}
     if weight:
@@ -383,13 +383,10 @@ def save(bench: Workbench, *, held_out_loss: float | None = None) -> None:
         "identity": bench.identity,
         "program": bench.program,
     }
+    random = checkpoint.random_state()
     bench.checkpoints.save(
         checkpoint.Snapshot(
-            step=bench.step,
-            model=model,
-            optimizer=moments,
-            random=checkpoint.random_state(),
-            state=state,
+            step=bench.step, model=model, optimizer=moments, random=random, state=state
         )
     )
 
