@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -135,6 +136,14 @@ def test_one_fp8_product_on_the_gpu_is_the_exact_one_to_rounding(fast: bool) -> 
 def test_the_transposing_kernel_moves_every_byte(rows: int, columns: int) -> None:
     bytes_of_it = torch.randint(256, (rows, columns), dtype=torch.uint8, device="cuda")
     assert torch.equal(transpose(bytes_of_it), bytes_of_it.t())
+
+
+def test_the_kernels_of_the_optimizers_phase_compute_what_is_written_down(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Beside the functions that run on CPUs; without a GPU Triton's interpreter is asked."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "unit" / "train")
+    importlib.import_module("update_kernels").check("cuda")
 
 
 def test_kept_logits_give_the_gradients_of_the_textbook_form() -> None:

@@ -11,11 +11,10 @@ embedding is no matrix product.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import logging
+import math
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch
 
 from sevenfold.base.errors import UsageError
+from sevenfold.model import many_tensors
 from sevenfold.model.float8_linear import DIVISOR, E4M3, Float8Linear, Scaling, scale_for
 
 log = logging.getLogger(__name__)
@@ -242,29 +242,10 @@ def _version(tensor: Tensor) -> tuple[int, int]:
 
 def _cast_weights(linears: list[Float8Linear]) -> None:
     """Cast weights by the scales that they ask for; these are powers of two, so bf16 is exact."""
-    weights: list[Tensor] = [linear.weight for linear in linears]
-    amax = torch.stack(torch._foreach_norm(weights, float("inf"))).float()
-    scales = scale_for(amax, E4M3)
+    weights: list[Tensor] = [linear.weight.detach() for linear in linears]
+    scales = scale_for(many_tensors.norms(weights, math.inf), E4M3)
     torch._foreach_copy_([linear.weight_inverse for linear in linears], list((1 / scales).unbind()))
-    for linear, weight, scale in zip(linears, weights, scales.unbind(), strict=True):
-        flat, flat8 = weight.detach().view(-1), linear.weight8.view(-1)
-        if weight.is_cuda:
-            # The length as a variable: one compilation serves all weights.
-            torch._dynamo.maybe_mark_dynamic(flat, 0)
-            torch._dynamo.maybe_mark_dynamic(flat8, 0)
-            _compiled_cast()(flat, scale, flat8)
-        else:
-            _cast_weight(flat, scale, flat8)
-
-
-def _cast_weight(weight: Tensor, scale: Tensor, weight8: Tensor) -> None:
-    weight8.copy_(weight * scale)
-
-
-@functools.cache
-def _compiled_cast() -> Callable[..., None]:
-    compiled: Callable[..., None] = torch.compile(_cast_weight, fullgraph=True)
-    return compiled
+    many_tensors.cast(weights, scales, [linear.weight8 for linear in linears])
 
 
 def _refresh(decoder: nn.Module, _: Any) -> None:

@@ -10,6 +10,7 @@ nearest bf16 number would swallow most updates.
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -88,13 +89,15 @@ class AdamW8bit(torch.optim.Optimizer):
     def _factors(self, group: dict[str, Any], step: float, device: torch.device) -> Tensor:
         """Return what changes from step to step, [4].
 
-        Kept weight, step size, 1 / sqrt(correction 2), factor of the gradients: as a tensor, since
-        compiled code would be compiled anew for every other number.
+        Kept weight, step size, 1 / sqrt(correction 2), factor of the gradients, which is known to
+        the device only.
         """
         beta1, beta2 = group["betas"]
         kept = 1 - group["lr"] * group["weight_decay"]
         step_size = group["lr"] / (1 - beta1**step)
-        known = torch.tensor([kept, step_size, (1 - beta2**step) ** -0.5, 1.0]).to(device)
+        numbers = (kept, step_size, (1 - beta2**step) ** -0.5, 1.0)
+        # Filled there: to copy them to a GPU would be to wait for the groups before.
+        known = torch.cat([torch.full((1,), number, device=device) for number in numbers])
         if self._gradient_factor is not None:
             known[3] = self._gradient_factor
         return known
@@ -186,33 +189,23 @@ def _apply(
     if not in_8_bits(parameter.shape):
         moments = [_local(state[moment]).view(-1) for moment in MOMENTS]
         tensors = [weights.view(-1), gradient.reshape(-1), *moments]
-        _compiled(_update, weights)(*_of_any_size(tensors), *constants)
+        _fastest(_update, weights)(*tensors, *constants)
         return
     codes = [_local(state[f"{moment}_codes"]).view(-1, BLOCK) for moment in MOMENTS]
     scales = [_local(state[f"{moment}_scale"]).view(-1, 1) for moment in MOMENTS]
     kinds = [_codes_of(moment, weights.device) for moment in MOMENTS]
     tensors = [weights.view(-1, BLOCK), gradient.reshape(-1, BLOCK), *codes, *scales]
-    _compiled(_update_blocks, weights)(*_of_any_size(tensors), *kinds, *constants)
+    _fastest(_update_blocks, weights)(*tensors, *kinds, *constants)
 
 
-def _of_any_size(tensors: list[Tensor]) -> list[Tensor]:
-    """Have the first dimension compiled as a variable: one compilation for all parameters."""
-    for tensor in tensors:
-        torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    return tensors
-
-
-def _compiled(update: Callable[..., None], tensor: Tensor) -> Callable[..., None]:
-    return _compile(update) if tensor.is_cuda else update
-
-
-@functools.cache
-def _compile(update: Callable[..., None]) -> Callable[..., None]:
-    # Codes are bytes and bins are clamped: asking whether they lie within their tables costs time.
-    compiled: Callable[..., None] = torch.compile(
-        update, fullgraph=True, options={"assert_indirect_indexing": False}
-    )
-    return compiled
+def _fastest(update: Callable[..., None], weights: Tensor) -> Callable[..., None]:
+    """Return an update as it is written down, or for a GPU the kernel that computes the same."""
+    if not weights.is_cuda:
+        return update
+    # Not everywhere there is Triton; with PyTorch for GPUs there is.
+    kernels = importlib.import_module("sevenfold.train.adamw_8bit_triton")
+    kernel: Callable[..., None] = getattr(kernels, update.__name__.removeprefix("_"))
+    return kernel
 
 
 def _update_blocks(
@@ -240,7 +233,7 @@ def _update_blocks(
         (new[2], kind_sq, codes_sq, scale_sq),
     ):
         largest = value.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_SCALE)
-        code.copy_(_encode(value / largest, kind_of_it))
+        code.copy_(_encode(value * (1 / largest), kind_of_it))
         size.copy_(largest)
 
 
@@ -307,14 +300,17 @@ def _round_stochastically(values: Tensor, seed: Tensor) -> Tensor:
 def _noise(values: Tensor, seed: Tensor) -> Tensor:
     """Return 16 random bits for each of ``values``, int32: a hash of its place and of ``seed`` [].
 
-    An eighth of the work of PyTorch's generator. Source of the mixing: Wellons 2018, "Prospecting
-    for Hash Functions" (lowbias32); the constants are its own and 2**32 / golden ratio, as int32.
+    An eighth of the work of PyTorch's generator, before two neighbours shared a hash. Source of the
+    mixing: Wellons 2018, "Prospecting for Hash Functions" (lowbias32); the constants are its own
+    and 2**32 / golden ratio, as int32.
     """
     places = torch.arange(values.numel(), dtype=torch.int32, device=values.device)
-    mixed = (places.view(values.shape) ^ seed) * -1_640_531_535
+    places = places.view(values.shape)
+    mixed = ((places >> 1) ^ seed) * -1_640_531_535
     mixed = (mixed ^ ((mixed >> 16) & 0xFFFF)) * 2_146_121_005
     mixed = (mixed ^ ((mixed >> 15) & 0x1FFFF)) * -2_073_254_261
-    return (mixed ^ (mixed >> 16)) & 0xFFFF
+    mixed = mixed ^ ((mixed >> 16) & 0xFFFF)
+    return (mixed >> ((places & 1) * 16)) & 0xFFFF
 
 
 @functools.cache

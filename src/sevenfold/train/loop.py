@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import time
@@ -69,7 +70,7 @@ class Workbench:
         """Optimizer steps of the whole stage."""
         return self.batches.num_steps
 
-    @property
+    @functools.cached_property  # a GPU would wait for it in every step
     def trained(self) -> dict[str, Tensor]:
         """The parameters that training changes, by name; of whole ones on several GPUs, shares."""
         return replicas.trained(self.scorer)
@@ -382,13 +383,10 @@ def save(bench: Workbench, *, held_out_loss: float | None = None) -> None:
         "identity": bench.identity,
         "program": bench.program,
     }
+    random = checkpoint.random_state()
     bench.checkpoints.save(
         checkpoint.Snapshot(
-            step=bench.step,
-            model=model,
-            optimizer=moments,
-            random=checkpoint.random_state(),
-            state=state,
+            step=bench.step, model=model, optimizer=moments, random=random, state=state
         )
     )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sevenfold.base.errors import CheckpointError
-from sevenfold.model import float8
+from sevenfold.model import float8, many_tensors
 from sevenfold.train import adamw_8bit, replicas
 from sevenfold.train.adamw_8bit import AdamW8bit
 from sevenfold.train.config import OptimizerConfig
@@ -58,8 +58,7 @@ def gradient_norm(parameters: Iterable[Tensor]) -> tuple[Tensor, float]:
     sharded = [each for each in gradients if hasattr(each, "to_local")]
     parts = [each.to_local() if hasattr(each, "to_local") else each for each in gradients]
     parts = [part for part in parts if part.numel()] or [parts[0].new_zeros(1)]
-    norms = torch._foreach_norm(parts, 2.0, dtype=torch.float32)
-    norm = torch.linalg.vector_norm(torch.stack(norms))
+    norm = torch.linalg.vector_norm(many_tensors.norms(parts, 2.0))
     if sharded:
         # All gradients are sharded alike. Copies hold the same, but are summed up together: sums
         # of their own may differ in a last bit, and one node would skip a step, another apply it.
