@@ -11,6 +11,7 @@ import pytest
 from sevenfold.base.errors import UsageError
 from sevenfold.base.hardware import GPUInfo, detect_gpu_type
 from sevenfold.model.config import LoRAAdapterConfig, read_model_file
+from sevenfold.train import replicas
 from sevenfold.train.config import (
     ContextPhase,
     Duration,
@@ -126,8 +127,11 @@ def test_two_gpus_share_weights_gradients_and_moments() -> None:
 
 
 @pytest.mark.parametrize(("precision", "measured_gib"), [("bf16", 105.1), ("fp8_torchao", 82.0)])
-def test_layers_that_stay_gathered_are_counted(precision: Precision, measured_gib: float) -> None:
+def test_layers_that_stay_gathered_are_counted(
+    precision: Precision, measured_gib: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two H200s with 8 rows and two micro-batches a step: 11 and 6 GiB more than without."""
+    monkeypatch.setattr(replicas, "WANTED", False)
     train = dataclasses.replace(TRAIN, micro_batch=8, tokens_per_batch=65_536)
     demand = Demand(model=BIG, train=train, precision=precision, world_size=2)
     found = lay_out(demand, memory_gib=139.8)

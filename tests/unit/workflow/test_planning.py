@@ -37,7 +37,10 @@ def printed(planned: planning.StagePlan, capsys: pytest.CaptureFixture[str]) -> 
     return re.sub(r"\s+", " ", capsys.readouterr().out)
 
 
-def test_a_plan_says_for_which_machine_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_says_for_which_machine_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicas, "WANTED", False)
     there = printed(plan_on(NO_GPU, "pretrain"), capsys)
     assert "planned for │ bf16, 1 x GPU of 80 GB (here is none)" in there
     assert "micro-batches a step │ 32 │" in there
