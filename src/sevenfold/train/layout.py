@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Callable
 
 from sevenfold.base.hardware import GPUInfo
-from sevenfold.train import replicas
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.memory import Demand, Precision
 
@@ -38,7 +37,7 @@ def _may_keep_whole(
 ) -> bool:
     """Within a node, and where weights need no autocast, which several processes do without."""
     mixed = config.weights == "fp32" and precision != "fp32"
-    return replicas.WANTED and per_node in (None, num_gpus) and not mixed
+    return per_node in (None, num_gpus) and not mixed
 
 
 def lay_out(demand: Demand, *, memory_gib: float, agree: Callable[[bool], bool] = bool) -> Demand:

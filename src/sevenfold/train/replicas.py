@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from sevenfold.model import float8
 
-# Not measured on GPUs yet: until then several GPUs train with FSDP2.
-WANTED = False
 SHARE = "share"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tests.unit.train.test_planner import BIG, H100, TRAIN
 
-from sevenfold.train import layout, replicas
+from sevenfold.train import layout
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.layout import in_words, lay_out, precision_on
 from sevenfold.train.memory import Demand
@@ -60,7 +60,7 @@ def test_memory_decides_how_the_7b_is_shared_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A copy on each node where a node's GPUs have room for it, and layers gathered once."""
-    monkeypatch.setattr(replicas, "WANTED", False)
+    monkeypatch.setattr(layout, "_may_keep_whole", lambda *_: False)
     found = lay_out(demand(nodes, per_node, rows), memory_gib=memory_gib)
     assert (found.copies, found.stays_gathered) == expected
     assert not found.replicated
@@ -72,27 +72,19 @@ def test_memory_decides_how_the_7b_is_shared_out(
 
 
 @pytest.mark.parametrize(
-    ("wanted", "nodes", "weights", "precision", "memory_gib", "expected"),
+    ("nodes", "weights", "precision", "memory_gib", "expected"),
     [
-        (True, 1, "bf16", "bf16", 60, True),
-        (True, 1, "bf16", "bf16", 57, False),
-        (True, 1, "bf16", "fp8", 57, True),
-        (True, 1, "fp32", "bf16", 140, False),
-        (True, 2, "bf16", "bf16", 140, False),
-        (False, 1, "bf16", "bf16", 80, False),
+        (1, "bf16", "bf16", 60, True),
+        (1, "bf16", "bf16", 57, False),
+        (1, "bf16", "fp8", 57, True),
+        (1, "fp32", "bf16", 140, False),
+        (2, "bf16", "bf16", 140, False),
     ],
 )
 def test_gpus_of_one_node_keep_whole_weights_where_they_fit(
-    wanted: bool,
-    nodes: int,
-    weights: Any,
-    precision: Any,
-    memory_gib: float,
-    expected: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    nodes: int, weights: Any, precision: Any, memory_gib: float, expected: bool
 ) -> None:
     """A 7B's 2 rows on each of two GPUs: 52.5 GiB planned, of which 90 % of 60 have room."""
-    monkeypatch.setattr(replicas, "WANTED", wanted)
     asked = demand(
         nodes,
         2 // nodes,
@@ -108,33 +100,24 @@ def test_gpus_of_one_node_keep_whole_weights_where_they_fit(
 
 
 @pytest.mark.parametrize(
-    ("wanted", "asked", "weights", "num_gpus", "per_node", "expected"),
+    ("asked", "weights", "num_gpus", "per_node", "expected"),
     [
-        (True, "auto", "bf16", 8, 8, "fp8"),
-        (True, "fp8", "bf16", 8, None, "fp8"),
-        (True, "auto", "bf16", 16, 8, "fp8_torchao"),
-        (True, "auto", "fp32", 8, 8, "fp8_torchao"),
-        (False, "auto", "bf16", 8, 8, "fp8_torchao"),
-        (False, "auto", "fp32", 1, 1, "fp8"),
-        (False, "bf16", "bf16", 8, 8, "bf16"),
+        ("auto", "bf16", 8, 8, "fp8"),
+        ("fp8", "bf16", 8, None, "fp8"),
+        ("auto", "bf16", 16, 8, "fp8_torchao"),
+        ("auto", "fp32", 8, 8, "fp8_torchao"),
+        ("auto", "fp32", 1, 1, "fp8"),
+        ("bf16", "bf16", 8, 8, "bf16"),
     ],
 )
 def test_which_fp8_several_gpus_train(
-    wanted: bool,
-    asked: Any,
-    weights: Any,
-    num_gpus: int,
-    per_node: int | None,
-    expected: str,
-    monkeypatch: pytest.MonkeyPatch,
+    asked: Any, weights: Any, num_gpus: int, per_node: int | None, expected: str
 ) -> None:
-    monkeypatch.setattr(replicas, "WANTED", wanted)
     train = dataclasses.replace(with_weights(weights), precision=asked)
     assert precision_on(train, H100, num_gpus=num_gpus, per_node=per_node) == expected
 
 
-def test_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replicas, "WANTED", True)
+def test_in_words() -> None:
     words = [
         in_words(lay_out(demand(nodes, per_node, rows), memory_gib=memory_gib))
         for nodes, per_node, memory_gib, rows in (
@@ -152,8 +135,7 @@ def test_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_what_is_planned_for_leaves_a_tenth_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replicas, "WANTED", True)
+def test_what_is_planned_for_leaves_a_tenth_of_memory() -> None:
     asked = demand(1, 2, 2)
     peak_gib = dataclasses.replace(asked, replicated=True).peak_gib
     room_gib = peak_gib / layout.PLANNED_SHARE

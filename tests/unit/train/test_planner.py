@@ -11,7 +11,7 @@ import pytest
 from sevenfold.base.errors import UsageError
 from sevenfold.base.hardware import GPUInfo, detect_gpu_type
 from sevenfold.model.config import LoRAAdapterConfig, read_model_file
-from sevenfold.train import replicas
+from sevenfold.train import layout
 from sevenfold.train.config import (
     ContextPhase,
     Duration,
@@ -131,7 +131,7 @@ def test_layers_that_stay_gathered_are_counted(
     precision: Precision, measured_gib: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two H200s with 8 rows and two micro-batches a step: 11 and 6 GiB more than without."""
-    monkeypatch.setattr(replicas, "WANTED", False)
+    monkeypatch.setattr(layout, "_may_keep_whole", lambda *_: False)
     train = dataclasses.replace(TRAIN, micro_batch=8, tokens_per_batch=65_536)
     demand = Demand(model=BIG, train=train, precision=precision, world_size=2)
     found = lay_out(demand, memory_gib=139.8)

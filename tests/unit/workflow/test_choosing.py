@@ -17,7 +17,6 @@ from sevenfold.base.errors import BadDataError
 from sevenfold.base.hardware import GPUInfo
 from sevenfold.model import float8, kernels
 from sevenfold.model.config import KernelConfig
-from sevenfold.train import replicas
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.memory import Demand
 from sevenfold.workflow import choosing, remaining, training
@@ -169,7 +168,6 @@ def _kept(folder: Path) -> dict[str, Any]:
 def test_fp8_is_shared_where_whole_weights_do_not_fit(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(replicas, "WANTED", True)
     asked = demand("fp8", 8)
     small = GPUInfo(**{**H100, "memory_gib": 36.0})
     assert choosing.with_fp8_that_fits(asked, H100) == asked

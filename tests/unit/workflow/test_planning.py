@@ -16,7 +16,7 @@ from sevenfold.base.errors import UsageError
 from sevenfold.base.hardware import GPUInfo
 from sevenfold.model import float8
 from sevenfold.model.config import read_model_file
-from sevenfold.train import layout, parallel, replicas
+from sevenfold.train import layout, parallel
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.memory import Demand
 from sevenfold.workflow import choosing, cli, planning, rehearsal, row_counts, training
@@ -38,15 +38,14 @@ def printed(planned: planning.StagePlan, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_plan_says_for_which_machine_it_is(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(replicas, "WANTED", False)
     there = printed(plan_on(NO_GPU, "pretrain"), capsys)
     assert "planned for │ bf16, 1 x GPU of 80 GB (here is none)" in there
     assert "micro-batches a step │ 32 │" in there
     four = GPUInfo(**{**H100, "num_gpus": 4})
     there = printed(plan_on(four, "pretrain"), capsys)
-    assert "planned for │ fp8_torchao, 4 x NVIDIA H100" in there
+    assert "planned for │ fp8, 4 x NVIDIA H100" in there
     assert re.search(r"micro-batches a step │ \d+ on each of 4 GPUs │", there)
     assert "planned for │ fp32, this machine's CPU" in printed(
         plan_on(NO_GPU, "sft", "demo"), capsys
@@ -125,25 +124,25 @@ def plan_for(gpus: tuple[str | None, int], *changes: str, here: GPUInfo = NO_GPU
 
 
 @pytest.mark.parametrize(
-    ("gpus", "here", "whole", "where"),
+    ("gpus", "here", "where"),
     [
-        ((None, 8), NO_GPU, False, "bf16, 8 x GPU of 80 GB (here is none); weights: shared by all"),
-        ((None, 8), H100, False, "fp8_torchao, 8 x NVIDIA H100 80GB HBM3; weights: shared by all"),
-        (("h100", 8), H100, True, "fp8, 8 x NVIDIA H100 80GB HBM3; weights: whole weights on each"),
-        (("H200", 1), H100, False, "fp8, 1 x NVIDIA H200"),
-        (("A100-40GB", 4), H100, True, "bf16, 4 x NVIDIA A100-SXM4-40GB; weights: shared by all"),
-        (("H200", 16), H100, True, "fp8_torchao, 16 x NVIDIA H200 in nodes of 8; weights: one c"),
-        (("A100", 4), NO_GPU, True, "bf16, 4 x NVIDIA A100-SXM4-80GB; weights: whole weights on"),
+        (
+            (None, 8),
+            NO_GPU,
+            "bf16, 8 x GPU of 80 GB (here is none); weights: whole weights on each",
+        ),
+        (("h100", 8), H100, "fp8, 8 x NVIDIA H100 80GB HBM3; weights: whole weights on each"),
+        (("H200", 1), H100, "fp8, 1 x NVIDIA H200"),
+        (("A100-40GB", 4), H100, "bf16, 4 x NVIDIA A100-SXM4-40GB; weights: shared by all"),
+        (("H200", 16), H100, "fp8_torchao, 16 x NVIDIA H200 in nodes of 8; weights: one c"),
+        (("A100", 4), NO_GPU, "bf16, 4 x NVIDIA A100-SXM4-80GB; weights: whole weights on"),
     ],
 )
 def test_a_plan_may_be_for_other_gpus(
     gpus: tuple[str | None, int],
     here: GPUInfo,
-    whole: bool,
     where: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(replicas, "WANTED", whole)
     found = plan_for(gpus, here=here)
     assert found.where.startswith(where)
     assert found.plan.world_size == gpus[1]
@@ -199,7 +198,8 @@ def test_what_is_planned_is_what_is_trained(
     whole: bool, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On two GPUs: the same precision, micro-batch and way to hold the model, so the same peak."""
-    monkeypatch.setattr(replicas, "WANTED", whole)
+    if not whole:
+        monkeypatch.setattr(layout, "_may_keep_whole", lambda *_: False)
     two = GPUInfo(**{**H100, "num_gpus": 2})
     planned = plan_on(two, "pretrain", "7b", f"pretrain.precision={precision}")
     processes = Agreeing(rank=0, world=2, device=torch.device("cuda"), per_node=2)

@@ -15,7 +15,6 @@ from sevenfold.base.errors import BadDataError, UsageError
 from sevenfold.base.hardware import GPUInfo, detect_gpu_type
 from sevenfold.base.records import Run, Source
 from sevenfold.model import float8
-from sevenfold.train import replicas
 from sevenfold.workflow import contamination, prepare, prepared, training
 
 RECIPE: Any = types.SimpleNamespace()
@@ -115,7 +114,6 @@ def test_gpus_that_keep_whole_weights_train_our_fp8(
     gpu = GPUInfo(**{**detect_gpu_type(), "num_gpus": 4, "supports_fp8": True})  # type: ignore[typeddict-item]
     monkeypatch.setattr(training, "detect_gpu_type", lambda: gpu)
     monkeypatch.setattr(float8, "require_float8", lambda *, torchao: None)
-    monkeypatch.setattr(replicas, "WANTED", True)
     config = dataclasses.replace(CONFIG, precision="fp8", weights=weights)
     assert training.decide(config).precision == decided
 
