@@ -159,7 +159,7 @@ def test_time_and_cost_are_for_all_gpus() -> None:
     assert eight.tokens == one.tokens
     assert eight.peak_gib < 79.1
     # Nobody has measured eight.
-    assert one.rate_source == "assumed: 58% of 989 TFLOP/s"
+    assert one.rate_source == "assumed: 60% of 989 TFLOP/s"
     assert eight.rate_source.endswith("TFLOP/s, as measured on up to two")
 
 
