@@ -21,10 +21,11 @@ Memory is counted (`train/memory.py`), against peaks measured on one H100 with 8
     125 M, LoRA of rank 16, micro-batch 8     6.31 GiB   6.21 GiB   -1.6 %
     ========================================  =========  =========  ======
 
-The first two are of today; the others of the 7B were measured with CCE, or, on two GPUs, with FSDP2,
-before weight gradients were added up inside their products, and the last three when the loss kept
-the logits of 2,048 positions and their gradients; they are predicted with those. On two GPUs, layers stayed gathered from forward to backward
-where that is said to have room (`layout.py`). Nothing is fitted to these figures.
+The first two are of today. The others of the 7B were measured with CCE or, on two GPUs, with FSDP2,
+before weight gradients were added up inside their products; the last three when the loss kept the
+logits of 2,048 positions and their gradients. They are predicted with those. On two GPUs, layers
+stayed gathered from forward to backward where that is said to have room (`layout.py`). Nothing is
+fitted to these figures.
 Four-bit bases and uncompiled layers follow from the same counting and may be further off.
 """
 
