@@ -219,8 +219,8 @@ class Demand:
     def layer_bytes_per_token(self) -> float:
         """Bytes that one token leaves in one layer.
 
-        In our FP8 all inputs of products are cast again, in torchao's the normed ones are kept in 8
-        bits and SwiGLU's is computed again. Cheap recomputation keeps neither normed inputs
+        In FP8 the normed inputs are kept in 8 bits, the others are cast again, and SwiGLU's product
+        is computed again. Cheap recomputation keeps neither normed inputs
         nor the product. Of a frozen model only what an adapter reads is kept of these, and what
         each adapter holds between its two matrices.
         """
@@ -235,7 +235,7 @@ class Demand:
         else:
             read = set(READERS)
         if adapter is None and self.precision.startswith("fp8"):
-            kept += 0 if self.precision == "fp8" else 2 * h
+            kept += 2 * h
         elif self.train.recompute != "cheap":
             kept += compute * (h * len(read & {"attention", "mlp"}) + f * ("product" in read))
         if not self.compiled:

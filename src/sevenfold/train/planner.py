@@ -7,7 +7,7 @@ Memory is counted (`train/memory.py`), against peaks measured on one H100 with 8
     case                                      measured   predicted  error
     ========================================  =========  =========  ======
     7B, bf16, micro-batch 2, 32 a step        59.5 GiB   59.5 GiB   -0.1 %
-    fp8 (ours), micro-batch 4, 16 a step      74.6 GiB   72.5 GiB   -2.7 %
+    fp8 (ours), micro-batch 4, 16 a step      74.6 GiB   74.5 GiB   -0.1 %
     bf16, micro-batch 2, 8 a step             59.1 GiB   59.1 GiB   -0.1 %
     bf16, micro-batch 4, 4 a step             76.4 GiB   76.3 GiB   -0.1 %
     bf16, micro-batch 4, on each of two GPUs  57.2 GiB   58.2 GiB   +1.7 %

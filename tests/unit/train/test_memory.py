@@ -15,6 +15,7 @@ from torch._functorch import config as functorch
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes import joint_graph
 
 from sevenfold.model import float8, lora
 from sevenfold.model.config import LoRAAdapterConfig, ModelConfig
@@ -79,6 +80,12 @@ def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, 
     return _Opaque.apply(query, key, value).transpose(1, 2), None  # type: ignore[no-untyped-call]
 
 
+def cut(graph: Any, inputs: Any, **options: Any) -> Any:
+    """Cut forward and backward in two as Inductor does, after its changes of the whole graph."""
+    joint_graph.joint_graph_passes(graph)
+    return min_cut_rematerialization_partition(graph, inputs, **options)
+
+
 def kept_bytes_per_token(
     weights: torch.dtype, train: TrainConfig, targets: tuple[str, ...] | None
 ) -> float:
@@ -112,7 +119,7 @@ def kept_bytes_per_token(
     backend = aot_autograd(
         fw_compiler=run,
         bw_compiler=note,
-        partition_fn=min_cut_rematerialization_partition,
+        partition_fn=cut,
         decompositions=select_decomp_table(),
     )
     layer.compile(backend=backend, dynamic=False)
