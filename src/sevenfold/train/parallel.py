@@ -308,12 +308,16 @@ def scatter_model(model: nn.Module, state: dict[str, Tensor], processes: Process
 def gather_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes
 ) -> dict[str, Tensor]:
-    """Return the optimizer's state as whole, flat tensors."""
+    """Return the optimizer's state as whole, flat tensors; sharded ones in the main process."""
     flat = optimizers.flatten_state(optimizers.parameter_names(model, optimizer), optimizer)
     if processes.world == 1:
         return flat
-    whole = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in flat.items()}
-    return {key: value.detach().cpu() for key, value in whole.items()}
+    gathered = {}
+    for key, value in flat.items():
+        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+        if processes.is_main:  # one by one: no GPU holds them all, nor any other's main memory
+            gathered[key] = whole.detach().cpu()
+    return gathered
 
 
 def scatter_optimizer(
@@ -322,7 +326,7 @@ def scatter_optimizer(
     flat: dict[str, Tensor],
     processes: Processes,
 ) -> None:
-    """Load what :func:`gather_optimizer` returned, held by every process."""
+    """Load what :func:`gather_optimizer` returned to the main process, held by every one."""
     names = optimizers.parameter_names(model, optimizer)
     if processes.world > 1:
         from torch.distributed.tensor import DTensor, distribute_tensor

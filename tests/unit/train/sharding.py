@@ -87,6 +87,13 @@ def train(
     return {"losses": losses, "off": off, "norms": norms}
 
 
+def to_all(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of the main process's tensors."""
+    copies = [{name: tensor.clone() for name, tensor in tensors.items()}]
+    dist.broadcast_object_list(copies)
+    return copies[0]
+
+
 def digest_of_share(model: nn.Module) -> str:
     return checkpoint.digest({n: adamw_8bit._local(p) for n, p in model.state_dict().items()})
 
@@ -135,12 +142,12 @@ def compare(
     num_exchanges = len(EXCHANGES)
     parts: list[Any] = [None] * processes.world
     dist.all_gather_object(parts, digest_of_share(sharded))
-    gathered = [{n: t.clone() for n, t in parallel.gather_model(sharded, processes).items()}]
-    dist.broadcast_object_list(gathered)
-    moments = parallel.gather_optimizer(sharded, optimizer, processes)
-    moments = {name: value.clone() for name, value in moments.items()}
+    gathered = to_all(parallel.gather_model(sharded, processes))
+    taken = parallel.gather_optimizer(sharded, optimizer, processes)
+    only_main = processes.agree(bool(taken) == processes.is_main)
+    moments = to_all(taken)
     other = make_optimizer(later, kind)
-    parallel.scatter_model(later, gathered[0], processes)
+    parallel.scatter_model(later, gathered, processes)
     parallel.scatter_optimizer(later, other, dict(moments), processes)
     again = parallel.gather_optimizer(later, other, processes)
     torch.manual_seed(1)
@@ -149,9 +156,11 @@ def compare(
     other_on = train(later, other, own, processes)
     return {
         **{name: [expected[name], found[name]] for name in expected},
-        "weights": [float((gathered[0][n] - t).abs().max()) for n, t in whole.state_dict().items()],
+        "weights": [float((gathered[n] - t).abs().max()) for n, t in whole.state_dict().items()],
         "parts": parts,
-        "same_moments": all(torch.equal(again[name], moments[name]) for name in moments),
+        "same_moments": processes.agree(
+            only_main and all(torch.equal(value, moments[name]) for name, value in again.items())
+        ),
         "later": [on, other_on],
         "num_exchanges": num_exchanges,
         "differing": processes.first_difference({"norms": repr(found["norms"])}),
