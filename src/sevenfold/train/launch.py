@@ -70,6 +70,12 @@ def at_phase(step: int, phase: str) -> set[str]:
     return faults.at_step(step, phase)
 
 
+def run_out_of_memory_if(asked: set[str]) -> None:
+    """Raise what PyTorch would, where "oom" is among the faults ``asked`` for."""
+    if "oom" in asked:
+        raise torch.OutOfMemoryError("injected")
+
+
 def num_processes_to_start() -> int:
     """Processes a training script should start: one per visible GPU, unless started already."""
     if "WORLD_SIZE" in os.environ or not torch.cuda.is_available():

@@ -224,8 +224,7 @@ def _accumulate(bench: Workbench, batch: Batch, length: int, weight: float) -> d
         asked = launch.at_phase(bench.step + 1, "forward")
         with bench.autocast():
             summed = bench.objective.total(bench.scorer, micro_batch.to(bench.processes.device))
-        if "oom" in asked | launch.at_phase(bench.step + 1, "backward"):
-            raise torch.OutOfMemoryError("injected")
+        launch.run_out_of_memory_if(asked | launch.at_phase(bench.step + 1, "backward"))
         total = summed.total * (float("nan") if "nan" in asked else 10 if "spike" in asked else 1)
         (total * factor).backward()
         for name, value in {"total": total.detach(), **summed.extras}.items():
@@ -243,8 +242,7 @@ def _update(bench: Workbench) -> None:
     asked = launch.at_phase(bench.step + 1, "optimizer")
     bench.checkpoints.wait_until_copied()
     try:
-        if "oom" in asked:
-            raise torch.OutOfMemoryError("injected")
+        launch.run_out_of_memory_if(asked)
         optimizer.update(bench.optimizer, bench.scorer)
     except torch.OutOfMemoryError as error:
         raise MemoryExhaustedError(
@@ -341,8 +339,7 @@ def _validate(bench: Workbench) -> list[float]:
     asked, total, weight = launch.at_phase(bench.step, "evaluate"), 0.0, 0.0
     for batch in bench.validation:
         for micro_batch in batch.split(bench.memory.micro_batch):
-            if "oom" in asked:
-                raise torch.OutOfMemoryError("injected")
+            launch.run_out_of_memory_if(asked)
             with bench.autocast():
                 placed = micro_batch.to(bench.processes.device)
                 total += float(bench.objective.total(bench.scorer, placed).total)
@@ -361,8 +358,7 @@ def save(bench: Workbench, *, held_out_loss: float | None = None) -> None:
     if bad := parallel.not_finite(bench.trained, bench.processes):
         raise RollBack(f"weight {bad[0]} is not finite", step=bench.step)
     try:
-        if "oom" in asked:
-            raise torch.OutOfMemoryError("injected")
+        launch.run_out_of_memory_if(asked)
         model = resuming.trained_state(bench)
         moments = parallel.gather_optimizer(bench.scorer, bench.optimizer, bench.processes)
     except torch.OutOfMemoryError as error:
@@ -393,6 +389,9 @@ def save(bench: Workbench, *, held_out_loss: float | None = None) -> None:
 
 def _reserve_memory_for_checkpoints(bench: Workbench) -> None:
     """Once the optimizer has its state; what is sharded is gathered, which is no GPU's copy."""
-    if bench.processes.world == 1:
-        moments = parallel.gather_optimizer(bench.scorer, bench.optimizer, bench.processes)
-        bench.checkpoints.reserve({"model": resuming.trained_state(bench), "optimizer": moments})
+    if bench.processes.is_main and parallel.is_whole(bench.scorer):
+        parts = {"model": resuming.trained_state(bench)}
+        if bench.processes.world == 1:
+            moments = parallel.gather_optimizer(bench.scorer, bench.optimizer, bench.processes)
+            parts["optimizer"] = moments
+        bench.checkpoints.reserve(parts)

@@ -365,3 +365,26 @@ def test_validation_does_not_move_the_random_state(tmp_path: Path) -> None:
     first, second = loop.validation_loss(made), loop.validation_loss(made)
     assert first == second
     assert torch.equal(before, torch.get_rng_state())
+
+
+class OfOneOpinion(parallel.Processes):
+    """One of several processes, the others of which are not there."""
+
+    def sum(self, values: list[float]) -> list[float]:
+        return values
+
+
+@pytest.mark.parametrize(
+    ("world", "rank", "reserved"),
+    [(1, 0, {"model", "optimizer"}), (2, 0, {"model"}), (2, 1, set())],
+)
+def test_memory_for_checkpoints_is_reserved_where_a_gpu_has_what_is_saved(
+    world: int, rank: int, reserved: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With whole weights in each process, the first one saves them; moments are gathered."""
+    made = bench(tmp_path)
+    made.processes = OfOneOpinion(rank=rank, world=world, device=torch.device("cpu"))
+    asked: list[set[str]] = []
+    monkeypatch.setattr(made.checkpoints, "reserve", lambda parts: asked.append(set(parts)))
+    loop._reserve_memory_for_checkpoints(made)
+    assert asked == ([reserved] if reserved else [])
