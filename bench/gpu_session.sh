@@ -69,7 +69,7 @@ part() {
     parallel) tests 590 tests/unit/train/test_parallel.py -n 12 ;;
     checkpoint) bench 590 checkpoint "${preset[@]}" --steps 4 --length 512 "${bf16[@]}" ;;
     bf16) bench 590 pretrain "${preset[@]}" --steps 6 "${lengths[@]}" "${bf16[@]}" ;;
-    # Predicted: 18,000 tok/s and 73.0 GiB at 4 rows, 16,500 and 60.6 at 2.
+    # 19,737 tok/s and 74.6 GiB at 4 rows; predicted at 2: 17,500 and 61.
     fp8)
         for rows in 4 2; do
             bench 200 pretrain "${preset[@]}" --steps 3 --length 2048 "${fp8[@]}" \
@@ -101,21 +101,24 @@ part() {
         bench 590 resume "${preset[@]}" --length 2048 "${fp8[@]}" --set pretrain.micro_batch=4 \
             --set pretrain.tokens_per_batch=8192
         ;;
-    # On two GPUs or more, with torchtitan 0.2.2 installed. Predicted on two H200s, a GPU: 12,250 and
-    # 17,000 tok/s ours, 12,150 and 17,000 torchtitan's.
+    # On two GPUs or more, with torchtitan 0.2.2 installed: the preset's way, torchtitan and the ratio,
+    # then ours set to what torchtitan does. On two H200s, a GPU: 13,049, 12,268 and (predicted)
+    # 12,250 tok/s in bf16; 18,709, 16,976 and 17,536 in FP8.
     torchtitan)
         local rows=(--set pretrain.tokens_per_batch=65536 --set pretrain.micro_batch=8)
         local like=("${rows[@]}" --set pretrain.weights=fp32 --set pretrain.optimizer.kind=adamw
             --set pretrain.mask_documents=false --set kernels.cce=false)
-        local flags
-        for precision in bf16 fp8_torchao; do
-            flags=()
-            [ $precision = bf16 ] || flags=(--fp8)
-            bench 250 pretrain "${preset[@]}" --steps 5 --length 2048 "${like[@]}" \
+        local flags alike
+        for precision in bf16 fp8; do
+            flags=() alike=bf16
+            [ $precision = bf16 ] || flags=(--fp8) alike=fp8_torchao
+            bench 250 pretrain "${preset[@]}" --steps 5 --length 2048 "${rows[@]}" \
                 --set pretrain.compile=default --set pretrain.precision=$precision
             OURS=$lines measure 250 bash -c "$each_gpu" each_gpu "$python" \
                 bench/peers/torchtitan_peer.py pretrain "${preset[@]}" --steps 5 "${rows[@]}" \
                 --micro-batch 8 "${flags[@]}"
+            bench 250 pretrain "${preset[@]}" --steps 5 --length 2048 "${like[@]}" \
+                --set pretrain.compile=default --set pretrain.precision=$alike
         done
         ;;
     *)
