@@ -242,9 +242,25 @@ def count_exchanges() -> None:
     dist.all_reduce = counted
 
 
+def change_uncounted() -> None:
+    """Write weights as GPUs do, by our kernels and by NCCL: PyTorch does not count the changes."""
+    update, gather = adamw_8bit._apply, dist.all_gather_into_tensor
+
+    def updated(parameter: Tensor, *arguments: Any) -> None:
+        with torch.autograd._unsafe_preserve_version_counter(adamw_8bit._local(parameter)):
+            update(parameter, *arguments)
+
+    def gathered(target: Tensor, *arguments: Any, **named: Any) -> Any:
+        with torch.autograd._unsafe_preserve_version_counter(target):
+            return gather(target, *arguments, **named)
+
+    adamw_8bit._apply, dist.all_gather_into_tensor = updated, gathered
+
+
 def run(target: Path) -> None:
     """Compare every way to shard; the first process writes what it found."""
     count_exchanges()
+    change_uncounted()
     processes = parallel.join()
     copies = processes.world // processes.per_node
     found = {
