@@ -224,11 +224,15 @@ EXCHANGES: list[int] = []
 
 
 def count_exchanges() -> None:
-    """Note the sizes of what is summed over processes, but for single numbers.
+    """Note the sizes of what is summed over processes, or sent to be, but for single numbers.
 
     Those are rounded otherwise in every group of processes, as by GPUs that sum in other orders.
     """
-    inner = dist.all_reduce
+    inner, send = dist.all_reduce, dist.all_to_all_single
+
+    def sent(received: Tensor, tensor: Tensor, **named: Any) -> Any:
+        EXCHANGES.append(tensor.numel())
+        return send(received, tensor, **named)
 
     def counted(tensor: Tensor, *arguments: Any, **named: Any) -> Any:
         if tensor.numel() > 100:
@@ -239,7 +243,7 @@ def count_exchanges() -> None:
             tensor *= 1 + 2**-22 * min(dist.get_process_group_ranks(group))
         return done
 
-    dist.all_reduce = counted
+    dist.all_reduce, dist.all_to_all_single = counted, sent
 
 
 def change_uncounted() -> None:

@@ -102,8 +102,9 @@ def test_what_is_gathered_is_shared_out_again(found: dict[str, Any], way: str) -
 
 @pytest.mark.parametrize("way", WAYS)
 def test_copies_exchange_gradients_once_a_step(found: dict[str, Any], way: str) -> None:
-    """Two micro-batches a step, three steps, and three parts of the model."""
-    assert of(found, way)["num_exchanges"] == (9 if way in ("copies", "fp8", "fp8 and bf16") else 0)
+    """Two micro-batches a step, three steps, and three parts of the model, or its ten weights."""
+    expected = 30 if way in WHOLE else 0 if way == "in all" else 9
+    assert of(found, way)["num_exchanges"] == expected
 
 
 @pytest.mark.parametrize("way", ["filled", "filled in fp8", "filled, whole"])
