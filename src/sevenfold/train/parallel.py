@@ -315,8 +315,9 @@ def gather_optimizer(
     gathered = {}
     for key, value in flat.items():
         whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-        if processes.is_main:  # one by one: no GPU holds them all, nor any other's main memory
+        if processes.is_main:  # nobody else's main memory need hold them
             gathered[key] = whole.detach().cpu()
+        del whole  # a GPU need not have room for two, let alone all, beside whole weights
     return gathered
 
 

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from datetime import timedelta
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -184,6 +186,35 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 at_phase(3, "forward")
 """
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 75
+
+
+class Part:
+    """A tensor shared out, which notes how many that were put together a GPU holds at once."""
+
+    held: ClassVar[list[int]] = [0]
+
+    def full_tensor(self) -> Part:
+        whole = Part()
+        self.held.append(self.held[-1] + 1)
+        weakref.finalize(whole, lambda: self.held.append(self.held[-1] - 1))
+        return whole
+
+    def detach(self) -> Part:
+        return self
+
+    def cpu(self) -> torch.Tensor:
+        return torch.zeros(1)
+
+
+def test_moments_are_put_together_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once, those of a 7B take 15 to 59 GB beside the weights of each GPU."""
+    parts = {f"weight {number}::exp_avg": Part() for number in range(3)}
+    monkeypatch.setattr(parallel.optimizers, "flatten_state", lambda *_: parts)
+    monkeypatch.setattr(parallel.optimizers, "parameter_names", lambda *_: [])
+    two = parallel.Processes(rank=0, world=2, device=torch.device("cpu"))
+    found = parallel.gather_optimizer(torch.nn.Linear(1, 1), None, two)  # type: ignore[arg-type]
+    assert set(found) == set(parts)
+    assert Part.held == [0, 1, 0, 1, 0, 1, 0]
 
 
 # --- training
