@@ -59,7 +59,7 @@ def plan_stage(
     """
     model = model or recipe.model
     gpu = _planned_for(model, gpus)
-    demand = _laid_out(run, recipe, stage, model, gpu)
+    demand = _laid_out(run, recipe, stage, model, gpu, keep=gpus is None)
     on_gpu = gpu["num_gpus"] > 0
     counted = None if stage == "pretrain" else row_counts.count_rows(run, recipe, stage)
     # The stage chooses before it looks at its rows, so what carries loss is no part of the choice.
@@ -85,8 +85,13 @@ def plan_stage(
     )
 
 
-def _laid_out(run: Run, recipe: Recipe, stage: str, model: ModelConfig, gpu: GPUInfo) -> Demand:
-    """Return what a stage will ask of each GPU, with what is open chosen as the stage would."""
+def _laid_out(
+    run: Run, recipe: Recipe, stage: str, model: ModelConfig, gpu: GPUInfo, *, keep: bool
+) -> Demand:
+    """Return what a stage will ask of each GPU, with what is open chosen as the stage would.
+
+    ``keep`` what it has chosen already, which is for the GPUs that it trained on.
+    """
     config = train_config(recipe, stage)
     num_gpus = max(1, gpu["num_gpus"])
     per_node = _per_node(num_gpus)
@@ -97,7 +102,7 @@ def _laid_out(run: Run, recipe: Recipe, stage: str, model: ModelConfig, gpu: GPU
         num_gpus,
         setting=f"{section}.tokens_per_batch",
     )
-    recipe, _ = choosing.settle_kernels(run.stage(stage), recipe, gpu)
+    recipe, _ = choosing.settle_kernels(run.stage(stage), recipe, gpu, keep=keep)
     demand = choosing.demand_of(
         recipe,
         stage,
@@ -109,7 +114,7 @@ def _laid_out(run: Run, recipe: Recipe, stage: str, model: ModelConfig, gpu: GPU
         model=model,
     )
     demand = choosing.with_fp8_that_fits(demand, gpu)
-    settled, _ = choosing.settle(run.stage(stage), demand, gpu)
+    settled, _ = choosing.settle(run.stage(stage), demand, gpu, keep=keep)
     demand = dataclasses.replace(demand, train=settled)
     return layout.lay_out(demand, memory_gib=gpu["memory_gib"])
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests.unit.train.test_planner import CPU, H100
 
-from sevenfold.base import hardware
+from sevenfold.base import hardware, storage
 from sevenfold.base.errors import UsageError
 from sevenfold.base.hardware import GPUInfo
 from sevenfold.model import float8
@@ -65,7 +65,7 @@ def test_a_plan_shows_what_the_stage_will_choose(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(row_counts, "count_rows", lambda run, recipe, stage: found)
     asked: list[Demand] = []
 
-    def settle(folder: Path, demand: Demand, gpu: GPUInfo) -> tuple[object, None]:
+    def settle(folder: Path, demand: Demand, gpu: GPUInfo, *, keep: bool) -> tuple[object, None]:
         asked.append(demand)
         return choosing.choose(demand, gpu), None
 
@@ -146,6 +146,22 @@ def test_a_plan_may_be_for_other_gpus(
     found = plan_for(gpus, here=here)
     assert found.where.startswith(where)
     assert found.plan.world_size == gpus[1]
+
+
+def test_other_gpus_are_not_planned_with_what_a_finished_stage_has_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, recipe = recipes.resolve("7b", None, ["pretrain.precision=bf16"], tmp_path / "run")
+    monkeypatch.setattr(planning, "detect_gpu_type", lambda: H100)
+    folder = run.stage("pretrain")
+    storage.write_json(folder / "record.json", {})
+    chosen = {"asked": {}, "micro_batch": 32, "recompute": False}
+    storage.write_json(folder / choosing.FILE, chosen)
+    here, there = (
+        planning.plan_stage(run, recipe, "pretrain", gpus=gpus) for gpus in (None, ("H100", 1))
+    )
+    assert (here.config.micro_batch, there.config.micro_batch) == (32, 2)
+    assert there.plan.peak_gib < H100["memory_gib"]
 
 
 def test_time_and_cost_are_for_all_gpus() -> None:
