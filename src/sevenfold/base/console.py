@@ -154,18 +154,20 @@ def share_cores() -> None:
 
 
 def keep_compiled_code() -> None:
-    """Let torch.compile keep what it makes in the user's cache folder, for the next process.
+    """Let torch.compile and Triton keep what they make in the user's cache folder, side by side.
 
-    Left to itself it takes the folder for temporary files, which a restart empties and in which
-    others may write. Call it before torch's compiler is imported, which chooses then.
+    So that the next process has it. Left to itself the one takes the folder for temporary files,
+    which a restart empties and in which others may write; the other takes the home, until the
+    first has compiled something, then a place below that. Call it before either is imported.
     """
     # Of a user who has no home, or whose home is another's: torch chooses.
     with contextlib.suppress(RuntimeError, OSError):
         home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        folder = home / "sevenfold" / "inductor"
+        folder = home / "sevenfold"
         nearest = next(path for path in (folder, *folder.parents) if path.exists())
         if os.access(nearest, os.W_OK):
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+            os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
 def print_line(text: str = "", *, style: str | None = None) -> None:

@@ -16,11 +16,12 @@ from sevenfold.workflow import cli
 
 REPOSITORY = Path(__file__).parents[3]
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+TRITON = "TRITON_CACHE_DIR"
 
 
 def test_a_resumed_process_compiles_nothing(tmp_path: Path) -> None:
     """Two kernels, forward and backward, and the layer they belong to lie in the user's cache."""
-    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    environment = {k: v for k, v in os.environ.items() if k not in (VARIABLE, TRITON)}
     paths = f"{REPOSITORY / 'src'}:{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.unit.model.compile_once"],
@@ -41,19 +42,24 @@ def test_every_command_keeps_what_it_compiles(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(TRITON, raising=False)
     assert cli.execute(["--help"]) == 0
     assert os.environ[VARIABLE] == str(tmp_path / "sevenfold/inductor")
+    assert os.environ[TRITON] == str(tmp_path / "sevenfold/triton")
     monkeypatch.setenv(VARIABLE, "elsewhere")
+    monkeypatch.setenv(TRITON, "also elsewhere")
     keep_compiled_code()
     assert os.environ[VARIABLE] == "elsewhere"
+    assert os.environ[TRITON] == "also elsewhere"
 
 
 def test_where_nothing_can_be_written_torch_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/self/none")
     monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(TRITON, raising=False)
     monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith("/proc"))
     keep_compiled_code()
-    assert VARIABLE not in os.environ
+    assert not {VARIABLE, TRITON} & os.environ.keys()
 
 
 def test_where_the_home_is_closed_torch_chooses(
@@ -62,6 +68,7 @@ def test_where_the_home_is_closed_torch_chooses(
     """As in a container that runs as another user than the one whose home it names."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(TRITON, raising=False)
     reach = Path.stat
 
     def refuse(path: Path, **how: Any) -> os.stat_result:
@@ -71,4 +78,4 @@ def test_where_the_home_is_closed_torch_chooses(
 
     monkeypatch.setattr(Path, "stat", refuse)
     keep_compiled_code()
-    assert VARIABLE not in os.environ
+    assert not {VARIABLE, TRITON} & os.environ.keys()
