@@ -1,8 +1,9 @@
 """Checkpoints: everything a stage needs to go on as if it had never stopped.
 
 One folder a checkpoint, ``step-00000100``: model.safetensors (what is trained),
-optimizer.safetensors, random.safetensors, state.json and a manifest with their SHA-256. A folder
-is complete or does not exist; a damaged one is set aside by name and the one before it is used.
+optimizer.safetensors, random.safetensors, state.json and a manifest with their SHA-256. What is
+large is cut into several files (`tensor_files`). A folder is complete or does not exist; a damaged
+one is set aside by name and the one before it is used.
 Training goes on while one is written: tensors are copied to main memory first, on a GPU beside
 the next step's computation, and the next update waits for that copy alone.
 """
@@ -17,17 +18,18 @@ import math
 import re
 import shutil
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sevenfold.base import storage
 from sevenfold.base.errors import CheckpointError, UsageError
+from sevenfold.train import tensor_files
 
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8})")
@@ -141,8 +143,7 @@ class Checkpoints:
         with storage.new_folder(
             target, kind="checkpoint", needed_bytes=size, step=snapshot.step
         ) as folder:
-            for part in PARTS:
-                save_file(_separate(tensors[part]), folder / f"{part}.safetensors")
+            tensor_files.write(folder, {part: tensors[part] for part in PARTS})
             storage.write_json(folder / "state.json", snapshot.state)
         self.verify(snapshot.step)
         kept = self._to_keep(snapshot.step)
@@ -197,8 +198,8 @@ class Checkpoints:
             )
         return None
 
-    def verify(self, step: int) -> None:
-        """Check every byte of one checkpoint.
+    def verify(self, step: int) -> list[str]:
+        """Check every byte of one checkpoint and return the names of its files.
 
         Errors:
             CheckpointError: it is not complete, or not as it was written.
@@ -206,7 +207,8 @@ class Checkpoints:
         manifest = self.path(step) / storage.MANIFEST
         if not manifest.is_file():
             raise CheckpointError(f"{manifest}: missing")
-        storage.verify_folder(self.path(step), CheckpointError)
+        listed = storage.verify_folder(self.path(step), CheckpointError)["files"]
+        return [file["path"] for file in listed]
 
     def load(self, step: int) -> Snapshot:
         """Read one checkpoint, every byte checked.
@@ -215,9 +217,11 @@ class Checkpoints:
             CheckpointError: it is not complete, or not as it was written.
         """
         folder = self.path(step)
-        self.verify(step)
+        started = time.perf_counter()
+        names = self.verify(step)
+        log.info("%s: read and checked in %.1f s", folder, time.perf_counter() - started)
         try:
-            tensors = {part: load_file(folder / f"{part}.safetensors") for part in PARTS}
+            tensors = {part: tensor_files.read(folder, part, names) for part in PARTS}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{folder}: not readable: {error}") from None
         state = storage.read_json(folder / "state.json", CheckpointError)
@@ -321,28 +325,17 @@ class _MainMemory:
             torch.cuda.current_stream().wait_event(self._copied)
 
 
-def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return contiguous tensors none of which shares memory with another."""
-    seen: set[int] = set()
-    separate = {}
-    for name, tensor in tensors.items():
-        whole = tensor.contiguous()
-        if whole.numel() and whole.data_ptr() in seen:
-            whole = whole.clone()
-        seen.add(whole.data_ptr())
-        separate[name] = whole
-    return separate
-
-
 def digest(*parts: dict[str, Tensor]) -> str:
-    """Return the SHA-256 of the names, types, shapes and values of all tensors, part by part."""
-    whole = hashlib.sha256()
-    for part in parts:
-        for name, tensor in sorted(part.items()):
-            whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            whole.update(flat.view(torch.uint8).numpy().data)
-    return whole.hexdigest()
+    """Return a SHA-256 of the names, types, shapes and values of all tensors, part by part."""
+    with ThreadPoolExecutor(storage.MOST_READERS) as pool:
+        found = [list(pool.map(_digest, part, part.values())) for part in parts]
+    return hashlib.sha256(repr([sorted(each) for each in found]).encode()).hexdigest()
+
+
+def _digest(name: str, tensor: Tensor) -> tuple[str, str, tuple[int, ...], str]:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    values = hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+    return name, str(tensor.dtype), tuple(tensor.shape), values
 
 
 def random_state() -> dict[str, Tensor]:

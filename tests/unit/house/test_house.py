@@ -136,6 +136,7 @@ MAY_WRITE = {
     ("data/saved_rows.py", "pyarrow.OSFile"): "fills a folder that its caller has from new_folder",
     ("data/saved_rows.py", "save_to_disk"): "fills a folder that its caller has from new_folder",
     ("data/saved_rows.py", "tempfile.TemporaryDirectory"): "inside a folder from new_folder",
+    ("train/tensor_files.py", "safetensors.torch.save_file"): "fills a folder from new_folder",
     ("workflow/bench_dedup.py", "tempfile.TemporaryDirectory"): "what is measured, then gone",
     ("workflow/damage.py", "*"): "breaks files on purpose, for the self-test",
     ("workflow/selftest.py", "tempfile.TemporaryDirectory"): "where toy runs are broken",

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from sevenfold.base import faults
+from sevenfold.base import faults, storage
 from sevenfold.base.errors import CheckpointError
+from sevenfold.train import checkpoint, tensor_files
 from sevenfold.train.checkpoint import (
     Checkpoints,
     Snapshot,
@@ -46,6 +48,45 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     assert torch.equal(loaded.model["b"], torch.arange(6.0))
     assert torch.equal(loaded.model["view"], torch.arange(12.0).view(3, 4).t())
     assert float(loaded.optimizer["a::step"]) == 3.0
+
+
+@pytest.mark.fault("B01", "B02", "B03")
+@pytest.mark.parametrize("damage", ["none", "flip", "remove", "lose", "foreign"])
+def test_what_is_large_is_cut_into_files_each_of_which_counts(
+    tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = saved(tmp_path, 1)  # as an earlier version wrote it
+    monkeypatch.setattr(tensor_files, "LARGEST_FILE_BYTES", 50)
+    checkpoints = saved(tmp_path, 2)
+    folder = checkpoints.path(2)
+    assert sorted(path.name for path in folder.glob("model*")) == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+    assert (folder / "optimizer.safetensors").is_file()
+    last = folder / "model-00002-of-00002.safetensors"
+    if damage == "flip":
+        data = bytearray(last.read_bytes())
+        data[-1] ^= 1
+        last.write_bytes(data)
+    elif damage == "remove":
+        last.unlink()
+    elif damage == "lose":  # and with a manifest that does not know it
+        last.unlink()
+        storage.write_manifest(folder, kind="checkpoint", step=2)
+    elif damage == "foreign":  # what the manifest does not list is not read
+        save_file({"c": torch.ones(1)}, folder / "model-00003-of-00002.safetensors")
+    loaded = checkpoints.load_latest()
+    assert loaded is not None
+    assert loaded.step == (2 if damage in ("none", "foreign") else 1)
+    if damage == "lose":
+        assert "of model the manifest lists ['model-00001-of-00002.safetensors']" in caplog.text
+        assert "put the folder back as it was, or remove it" in caplog.text
+    elif damage in ("flip", "remove"):
+        assert "model-00002-of-00002.safetensors: " in caplog.text
+    assert loaded.model.keys() == {"a", "b", "view"}
+    earlier = whole.load(1)
+    assert checkpoint.digest(loaded.model) == checkpoint.digest(earlier.model)
 
 
 @pytest.mark.fault("B11")
