@@ -17,25 +17,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sevenfold.base import console, hardware, records, storage
-from sevenfold.base.errors import CheckpointError, UsageError
+from sevenfold.base.errors import UsageError
 from sevenfold.data.packing import PackedPreferences
 from sevenfold.data.random_rows import RandomRows
 from sevenfold.model import accumulating, kernels
-from sevenfold.train import checkpoint, loop, optimizer, parallel, replicas, resuming
+from sevenfold.train import checkpoint, optimizer, parallel, replicas
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.watching import OTHER, WAIT, Stopwatch, totals
 from sevenfold.workflow import (
     bench_data,
     bench_dedup,
     bench_mmlu,
+    bench_resume,
     choosing,
     steps,
     training,
     trial,
-    workbench,
 )
 from sevenfold.workflow import recipe as recipes
 from sevenfold.workflow.flags import DATA_BENCHMARKS, TEXT_BENCHMARKS
@@ -81,12 +79,18 @@ def bench(options: argparse.Namespace) -> None:
         others[options.what](options)
         return
     folder = options.folder / FOLDER
-    if os.environ.get("RANK", "0") == "0":
+    if bench_resume.part() is None and os.environ.get("RANK", "0") == "0":
         storage.remove_folder(folder)  # of a benchmark that was killed
+    if options.what == "resume" and bench_resume.part() is None:
+        try:
+            bench_resume.start_both(_arguments(options))
+        finally:
+            storage.remove_folder(folder)
+        return
     if steps.on_all_gpus(_arguments(options)):
         return
     # A folder that holds no run: what is measured is the preset, not what was made of it once.
-    run, recipe = recipes.resolve(options.preset, options.config, options.set, folder)
+    run, recipe = recipes.resolve(options.preset, options.config, options.set, folder / "none")
     stage = options.what if options.what in TRAINING else "pretrain"
     config = choosing.for_trial(recipe, stage, training.decide(train_config(recipe, stage)))
     if options.what == "optimizer":
@@ -107,7 +111,7 @@ def bench(options: argparse.Namespace) -> None:
             if parallel.join().is_main:
                 console.print_raw(json.dumps(found) + "\n")
     finally:
-        if parallel.join().is_main:
+        if bench_resume.part() is None and parallel.join().is_main:
             storage.remove_folder(folder)
 
 
@@ -295,61 +299,17 @@ def _checkpoint(asked: Bench) -> Iterator[dict[str, Any]]:
 
 
 def _resume(asked: Bench) -> Iterator[dict[str, Any]]:
-    """Save, forget everything, and go on: model from random weights, kernels from warm caches."""
+    """Save, in a process that ends then, or go on: model from random weights, warm caches."""
+
+    def prepare() -> trial.Trial:
+        return trial.prepare(asked.recipe, asked.stage, asked.config)
+
     length = asked.lengths[0]
-    expected = _save_one(asked, length)
-    torch.compiler.reset()  # what was compiled holds on to the weights
-    hardware.release_memory()
-    _drop_from_page_cache(asked.folder)
-    started = time.perf_counter()
-    tried = trial.prepare(asked.recipe, asked.stage, asked.config)
-    made = _saving_bench(asked, tried, length)
-    built = time.perf_counter()
-    resuming.resume(made)
-    hardware.wait_for_gpu()
-    restored = time.perf_counter()
-    if workbench.digest(made) != expected:
-        raise CheckpointError(
-            f"{made.checkpoints.path(made.step)}: what was restored is not what was saved; this "
-            "is a mistake of Sevenfold's: report it with the output of sevenfold doctor"
-        )
-    compared = time.perf_counter()
-    trial.train(made, 1)
-    hardware.wait_for_gpu()
-    ended = time.perf_counter()
-    yield {
-        **_facts(asked, tried, length),
-        "resume_s": ended - started - (compared - restored),
-        "build_s": built - started,
-        "restore_s": restored - built,
-        "first_step_s": ended - compared,
-        "identical": True,
-        **_program(),
-    }
-
-
-def _save_one(asked: Bench, length: int) -> str:
-    """Train a little, save, and return the digest of what was saved."""
-    made = _saving_bench(asked, trial.prepare(asked.recipe, asked.stage, asked.config), length)
-    trial.train(made, trial.WARM_UP)
-    return workbench.digest(made)
-
-
-def _saving_bench(asked: Bench, tried: trial.Trial, length: int) -> loop.Workbench:
-    return trial.make_bench(
-        tried,
-        length,
-        num_steps=trial.WARM_UP + 1,
-        checkpoints=checkpoint.Checkpoints(asked.folder, keep=1),
-        checkpoint_every=trial.WARM_UP,
-    )
-
-
-def _drop_from_page_cache(folder: Path) -> None:
-    """Let the files under ``folder`` be read from the disk, as after a restart of the machine."""
-    for path in folder.rglob("*.safetensors"):
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if bench_resume.part() == bench_resume.SAVE:
+        bench_resume.save(prepare, length, asked.folder)
+        return
+    tried, found = bench_resume.go_on(prepare, length, asked.folder)
+    yield {**_facts(asked, tried, length), **found, **_program()}
 
 
 def _optimizer(asked: Bench) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,7 @@ from sevenfold.base import hardware
 from sevenfold.base.errors import CheckpointError, DivergedError, StoppedError
 from sevenfold.model import accumulating
 from sevenfold.objective.next_token import NEXT_TOKEN, Objective
-from sevenfold.train import checkpoint, loop, optimizer
+from sevenfold.train import checkpoint, launch, loop, optimizer, resuming
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.recovery import StopRequest
 from sevenfold.workflow import bench, cli, rehearsal, steps, toy, trial, workbench
@@ -95,6 +95,13 @@ def test_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert line["blocked_s"] == line["call_s"] + line["next_step_extra_s"]
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever `bench resume` would start a process for."""
+    monkeypatch.setattr(launch, "launch", lambda command, num: cli.execute(command[2:]))
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     killed = tmp_path / bench.FOLDER / "step-00000099"
     killed.mkdir(parents=True)
@@ -102,8 +109,42 @@ def test_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (line,) = run("resume", tmp_path, capsys, "--length", "8")
     assert line["seq_len"] == 8
     assert line["identical"] is True
-    parts = line["build_s"] + line["restore_s"] + line["first_step_s"]
-    assert line["resume_s"] == pytest.approx(parts)
+    warm = ("start_s", "build_s", "read_s", "restore_s", "first_step_s")
+    assert line["resume_s"] == pytest.approx(sum(line[part] for part in warm))
+    cold = ("cold_build_s", "cold_first_step_s", "copied_s", "durable_s")
+    assert min(line[part] for part in (*warm, *cold)) > 0
+    assert line["bytes"] > 1000
+    assert line["files"] == 5
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_resume_that_is_cut_off_has_said_where_the_time_went(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def cut_off(*_: object) -> object:
+        told = [r.getMessage().rpartition(": ")[0] for r in caplog.records]
+        assert [line for line in told if line.startswith("bench resume: ")][-3:] == [
+            "bench resume: process started, libraries imported",
+            "bench resume: model built again",
+            "bench resume: checkpoint read, SHA-256 checked",
+        ]
+        raise DivergedError("cut off")
+
+    monkeypatch.setattr(resuming, "restore", cut_off)
+    with caplog.at_level("INFO"):
+        chosen = [word for assignment in ASSIGNMENTS for word in ("--set", assignment)]
+        code = cli.execute(["bench", "resume", "--folder", str(tmp_path), *chosen])
+    assert code == DivergedError.exit_code
+    assert "checkpoint durable, and read again" in caplog.text
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_resume_starts_its_processes_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.execute(["bench", "resume", "--folder", str(tmp_path)]) == 2
+    assert "twice; call it without torchrun" in capsys.readouterr().err
 
 
 def test_optimizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,6 +182,7 @@ def test_gradients_for_the_optimizer_lie_where_training_sums_them_up(
     assert all(float(layer.total.std()) > 0 for layer in layers)
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_restored_weights_that_differ_are_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,7 +197,9 @@ def test_restored_weights_that_differ_are_an_error(
     chosen = [word for assignment in ASSIGNMENTS for word in ("--set", assignment)]
     code = cli.execute(["bench", "resume", "--folder", str(tmp_path), *chosen])
     assert code == CheckpointError.exit_code
-    assert "not what was saved" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "not what was saved" in told
+    assert "the process that goes on ended with exit code 5; its own message is above" in told
     assert list(tmp_path.rglob("*")) == []
 
 
