@@ -64,12 +64,7 @@ def initialize(
 
     with torch.device("meta"):
         model = LlamaForCausalLM(config.to_hf())
-    model.to(dtype)
-    model.to_empty(device=device)
-    # Rotary frequencies are no weights: made anew, in fp32, since the meta device holds no values.
-    rotary = type(model.model.rotary_emb)(config=model.config)
-    model.model.rotary_emb = rotary.to(device)
-    model.tie_weights()
+    _make_room(model.to(dtype), device)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         drawn = [
             pool.submit(_draw, parameter, name, _spread(name, config, init), seed)
@@ -79,6 +74,17 @@ def initialize(
             future.result()
     note_model(model)
     return model
+
+
+def _make_room(model: Any, device: torch.device | str) -> None:
+    """Bring a Llama from the meta device to another: its weights have no values yet.
+
+    Rotary frequencies are no weights: they are made anew, on the CPU and in fp32 as loading does.
+    """
+    model.to_empty(device=device)
+    rotary = type(model.model.rotary_emb)(config=model.config)
+    model.model.rotary_emb = rotary.to(device)
+    model.tie_weights()
 
 
 def _spread(name: str, config: ModelConfig, init: InitConfig) -> float:
@@ -179,6 +185,20 @@ def build_empty(folder: Path, dtype: torch.dtype, *, attn_implementation: str) -
             config, dtype=dtype, attn_implementation=attn_implementation
         )
     note_model(model)
+    return model
+
+
+def build_unfilled(
+    folder: Path, dtype: torch.dtype, device: torch.device | str, *, attn_implementation: str
+) -> PreTrainedModel:
+    """Build what :func:`load_model` loads of a Llama, for weights that come from elsewhere.
+
+    Until then they are NaN: one that was forgotten is to be noticed.
+    """
+    model = build_empty(folder, dtype, attn_implementation=attn_implementation)
+    _make_room(model, device)
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, math.nan)
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,8 @@ def set_backends(config: TrainConfig, wanted: KernelConfig) -> str:
 def load_scorer(job: Job) -> Scorer:
     """Load the model to train, ready for the precision that the stage asks for.
 
-    Peak memory counts from here on, so that a stage's is its own.
+    Where a checkpoint is going to fill all weights in, those to start from are not read. Peak
+    memory counts from here on, so that a stage's is its own.
 
     Errors:
         UsageError: the model is from outside and computes something that training would not, or
@@ -63,11 +65,14 @@ def load_scorer(job: Job) -> Scorer:
     torch.manual_seed(job.recipe.seed)
     is_small = job.stage == "lora" and job.recipe.lora.base == "nf4"
     folder, dtype, attend = job.source.folder, DTYPES[config.weights], attention.IMPLEMENTATION
-    if job.processes.is_main:
+    if _all_comes_from_a_checkpoint(job):
+        device = job.processes.device
+        model = llama.build_unfilled(folder, dtype, device, attn_implementation=attend)
+    elif job.processes.is_main:
         # One of several keeps it in main memory, from where all get their shares.
         shared_out = is_small or job.processes.world > 1
-        device = "cpu" if shared_out else job.processes.device
-        model = llama.load_model(folder, dtype, device, attn_implementation=attend)
+        place = "cpu" if shared_out else job.processes.device
+        model = llama.load_model(folder, dtype, place, attn_implementation=attend)
     else:
         model = llama.build_empty(folder, dtype, attn_implementation=attend)
     require_effect(job.recipe.kernels, model.config.model_type)
@@ -76,6 +81,24 @@ def load_scorer(job: Job) -> Scorer:
     if is_small:
         freeze(model, config, job.processes)
     return make_scorer(model, config, kernel)
+
+
+def _all_comes_from_a_checkpoint(job: Job) -> bool:
+    """Whether the weights to start from are neither trained on nor asked for anything.
+
+    Where there is a checkpoint, a stage goes on from one or ends with an error, never from the
+    beginning. DPO's reference is the model that it starts from, LoRA's base as well; several
+    processes get their shares of what the first has loaded.
+    """
+    if job.stage not in ("pretrain", "sft") or job.source.external or job.processes.world > 1:
+        return False
+    if not job.options.resume or not checkpoint.Checkpoints(_checkpoints(job), keep=1).steps():
+        return False
+    return str(storage.read_json(job.source.folder / "config.json").get("model_type")) == "llama"
+
+
+def _checkpoints(job: Job) -> Path:
+    return job.folder / "checkpoints"
 
 
 def require_effect(wanted: KernelConfig, model_type: str) -> None:
@@ -219,7 +242,7 @@ def assemble(
         config=config,
         processes=processes,
         checkpoints=checkpoint.Checkpoints(
-            job.folder / "checkpoints", keep=config.keep_checkpoints, keep_best=config.keep_best
+            _checkpoints(job), keep=config.keep_checkpoints, keep_best=config.keep_best
         ),
         metrics=storage.JsonLines(job.folder / "metrics.jsonl"),
         memory=OOMHandler(config.rows_at_once, enabled=job.options.oom_recovery),

@@ -20,6 +20,7 @@ from sevenfold.model import attention
 from sevenfold.model.config import InitConfig, ModelConfig, from_hf
 from sevenfold.model.llama import (
     build_empty,
+    build_unfilled,
     check_start,
     initialize,
     load_model,
@@ -410,6 +411,28 @@ def test_folders_that_are_no_model_are_refused(
     weights.unlink()
     with pytest.raises(UsageError, match=r"no \*\.safetensors here.*save_pretrained"):
         load_model(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_whose_weights_come_from_elsewhere_is_the_one_that_loading_gives(
+    tiny: ModelConfig, init: InitConfig, tmp_path: Path, dtype: torch.dtype, tied: bool
+) -> None:
+    """To the bit, and with what no checkpoint holds; what is not filled in is noticed."""
+    tiny = dataclasses.replace(tiny, tie_embeddings=tied)
+    save_model(initialize(tiny, init, 0), None, tmp_path / "model", dtype)
+    loaded = load_model(tmp_path / "model", dtype)
+    model = build_unfilled(tmp_path / "model", dtype, "cpu", attn_implementation="sdpa")
+    assert all(bool(parameter.isnan().all()) for parameter in model.parameters())
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in loaded.named_parameters()]
+    model.load_state_dict(loaded.state_dict())
+    buffers = dict(loaded.named_buffers())
+    assert any("inv_freq" in name for name in buffers)
+    assert dict(model.named_buffers()).keys() == buffers.keys()
+    for name, buffer in model.named_buffers():
+        assert buffer.dtype == buffers[name].dtype
+        assert torch.equal(buffer, buffers[name]), name
+    assert torch.equal(logits(model.eval()), logits(loaded.eval()))
 
 
 def test_code_that_lies_in_a_model_folder_is_not_run(

@@ -16,6 +16,7 @@ from sevenfold.base import storage
 from sevenfold.base.errors import CheckpointError, UsageError
 from sevenfold.base.records import Run, Source
 from sevenfold.data.tokenizer import TokenizerConfig, adopt_tokenizer, train_tokenizer
+from sevenfold.model import llama
 from sevenfold.verify import data_card
 from sevenfold.workflow import prepared, training
 from sevenfold.workflow import recipe as recipes
@@ -103,6 +104,30 @@ def test_the_same_shards_are_gone_on_with_and_others_when_starting_again(
     train(folder)
     noted = storage.read_json(folder / "run" / "pretrain" / prepared.DATA_FILES)
     assert noted["b.npy"] == storage.sha256_file(folder / "packed" / "b.npy")
+
+
+def test_where_a_checkpoint_fills_all_weights_in_those_to_start_from_are_not_read(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(trained, folder)
+    stage = folder / "run" / "pretrain"
+    (stage / "record.json").unlink()
+    shutil.rmtree(stage / "model")
+    read: list[Path] = []
+    load = llama.load_model
+
+    def noted(source: Path, *asked: Any, **how: Any) -> Any:
+        read.append(source)
+        return load(source, *asked, **how)
+
+    monkeypatch.setattr(llama, "load_model", noted)
+    train(folder)
+    assert read == []
+    whole = storage.read_manifest(trained / "run" / "pretrain" / "model")
+    assert storage.read_manifest(stage / "model")["fingerprint"] == whole["fingerprint"]
+    train(folder, resume=False)
+    assert read == [folder / "run" / "init" / "model"]
 
 
 def test_what_an_earlier_version_trained_cannot_be_set_back_to(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import types
 from collections.abc import Iterator
@@ -70,6 +71,37 @@ def test_several_processes_hold_the_model_as_planned(
     four = parallel.Processes(rank=0, world=4, device=torch.device("cpu"), per_node=2)
     workbench.place(scorer, recipe, "pretrain", recipe.pretrain, four)
     assert notes == expected
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, True),
+        ({"stage": "sft"}, True),
+        ({"stage": "dpo"}, False),  # its reference is the model that it starts from
+        ({"stage": "lora"}, False),  # its base, too
+        ({"external": True}, False),
+        ({"world": 2}, False),
+        ({"resume": False}, False),
+        ({"model_type": "qwen3"}, False),
+        ({"step": "damaged-step-00000003"}, False),
+    ],
+)
+def test_weights_to_start_from_are_read_unless_all_come_from_a_checkpoint(
+    tmp_path: Path, changed: dict[str, Any], expected: bool
+) -> None:
+    facts: dict[str, Any] = {"stage": "pretrain", "external": False, "world": 1, "resume": True}
+    facts |= {"model_type": "llama", "step": "step-00000003", **changed}
+    (tmp_path / "checkpoints" / facts["step"]).mkdir(parents=True)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": facts["model_type"]}))
+    job: Any = types.SimpleNamespace(
+        stage=facts["stage"],
+        folder=tmp_path,
+        source=types.SimpleNamespace(folder=tmp_path, external=facts["external"]),
+        options=training.StageOptions(resume=facts["resume"]),
+        processes=parallel.Processes(rank=0, world=facts["world"], device=torch.device("cpu")),
+    )
+    assert workbench._all_comes_from_a_checkpoint(job) is expected
 
 
 class Gated(torch.nn.Module):
