@@ -126,10 +126,9 @@ def require_same_files(stage_folder: Path, data_folder: Path, files: Mapping[str
     Errors:
         CheckpointError: one was changed, added, removed or renamed.
     """
-    path = stage_folder / DATA_FILES
-    if not path.is_file():
+    known = known_files(stage_folder)
+    if known is None:
         return
-    known = storage.read_json(path, CheckpointError)
     for name in sorted({*known, *files}):
         if known.get(name) == files.get(name):
             continue
@@ -141,6 +140,16 @@ def require_same_files(stage_folder: Path, data_folder: Path, files: Mapping[str
             f"{data_folder / name}: {what} since {stage_folder.name} began to train on it; put it "
             "back as it was, or start the stage again with --no-resume"
         )
+
+
+def known_files(stage_folder: Path) -> dict[str, str] | None:
+    """Return what :func:`note_files` has written down, None where a stage has not begun.
+
+    Errors:
+        CheckpointError: it cannot be read.
+    """
+    path = stage_folder / DATA_FILES
+    return dict(storage.read_json(path, CheckpointError)) if path.is_file() else None
 
 
 def note_files(stage_folder: Path, files: Mapping[str, str]) -> None:

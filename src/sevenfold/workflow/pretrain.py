@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def pretrain(run: records.Run, recipe: Recipe, options: training.StageOptions) -
         prepared.require_current(run, recipe, "packed")
         contamination.require_searched(run, recipe, "packed")
     elif options.start_from is None:
-        _initialize_for_ids(run, recipe, options.data)
+        _initialize_for_ids(run, recipe, options.data, _known_files(run, options))
     source = training.open_source(run, "init", options)
     tokenizer = _tokenizer_of(source)
     shards = _open_shards(run, recipe, options, source, tokenizer)
@@ -76,10 +77,10 @@ def _open_shards(
     tokenizer: Any,
 ) -> PackedShards:
     """Open the packed rows, once it is sure that their ids are the model's."""
-    known = None
+    tokenized = None
     if tokenizer is not None and not source.external:
         training.require_same_tokenizer(run, source)
-        known = str(storage.read_manifest(run.tokenizer)["fingerprint"])
+        tokenized = str(storage.read_manifest(run.tokenizer)["fingerprint"])
     elif tokenizer is not None and options.data is None:
         require_same_ids(run, source, tokenizer)
     folder = options.data or run.data("packed")
@@ -87,14 +88,28 @@ def _open_shards(
         folder,
         vocab_size=recipe.model.vocab_size if tokenizer is None else len(tokenizer),
         min_length=recipe.pretrain.longest_context,
-        tokenizer_fingerprint=known,
+        tokenizer_fingerprint=tokenized,
+        known=_known_files(run, options),
     )
     if options.resume:
         prepared.require_same_files(run.stage("pretrain"), folder, shards.files)
     return shards
 
 
-def _initialize_for_ids(run: records.Run, recipe: Recipe, folder: Path) -> None:
+def _known_files(run: records.Run, options: training.StageOptions) -> dict[str, str] | None:
+    """Return the files whose ids need not be looked at again.
+
+    A checkpoint goes on with the model that they were looked at for, unless it is forced to.
+    """
+    stage = run.stage("pretrain")
+    if options.force is not None or not training.goes_on(stage, options):
+        return None
+    return prepared.known_files(stage)
+
+
+def _initialize_for_ids(
+    run: records.Run, recipe: Recipe, folder: Path, known: Mapping[str, str] | None
+) -> None:
     """Make what steps 01 to 04 would have made for a folder of packed ids.
 
     The ids are checked first. A tokenizer is taken over where ``tokenizer.path`` names one.
@@ -103,6 +118,7 @@ def _initialize_for_ids(run: records.Run, recipe: Recipe, folder: Path) -> None:
         folder,
         vocab_size=recipe.model.vocab_size,
         min_length=recipe.pretrain.longest_context,
+        known=known,
     )
     processes = parallel.join()
     if processes.is_main:

@@ -19,7 +19,7 @@ from sevenfold.base.errors import SevenfoldError, StoppedError, UsageError
 from sevenfold.base.hardware import detect_gpu_type
 from sevenfold.data.shards import open_shards
 from sevenfold.model import float8, llama
-from sevenfold.train import layout, loop, parallel
+from sevenfold.train import checkpoint, layout, loop, parallel
 from sevenfold.train.config import TrainConfig
 from sevenfold.workflow import choosing, contamination, prepare, prepared
 from sevenfold.workflow.recipe import Recipe
@@ -27,6 +27,7 @@ from sevenfold.workflow.recipe import Recipe
 log = logging.getLogger(__name__)
 
 ABSENT = "not there"
+CHECKPOINTS = "checkpoints"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -63,6 +64,14 @@ class Job:
     def folder(self) -> Path:
         """The stage's folder."""
         return self.run.stage(self.stage)
+
+
+def goes_on(folder: Path, options: StageOptions) -> bool:
+    """Whether the stage in ``folder`` goes on from a checkpoint, or ends with an error.
+
+    Where there is one, it never starts from the beginning.
+    """
+    return options.resume and bool(checkpoint.Checkpoints(folder / CHECKPOINTS, keep=1).steps())
 
 
 def decide(config: TrainConfig) -> TrainConfig:

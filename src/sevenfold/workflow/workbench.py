@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from sevenfold.objective.next_token import Objective, Scorer
 from sevenfold.train import checkpoint, loop, optimizer, parallel, resuming
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.recovery import Decisions, StepGuard
-from sevenfold.workflow import choosing, remaining, tracking, watching
+from sevenfold.workflow import choosing, remaining, tracking, training, watching
 from sevenfold.workflow.recipe import Recipe
 from sevenfold.workflow.training import Job
 
@@ -86,19 +85,14 @@ def load_scorer(job: Job) -> Scorer:
 def _all_comes_from_a_checkpoint(job: Job) -> bool:
     """Whether the weights to start from are neither trained on nor asked for anything.
 
-    Where there is a checkpoint, a stage goes on from one or ends with an error, never from the
-    beginning. DPO's reference is the model that it starts from, LoRA's base as well; several
-    processes get their shares of what the first has loaded.
+    DPO's reference is the model that it starts from, LoRA's base as well; several processes get
+    their shares of what the first has loaded.
     """
     if job.stage not in ("pretrain", "sft") or job.source.external or job.processes.world > 1:
         return False
-    if not job.options.resume or not checkpoint.Checkpoints(_checkpoints(job), keep=1).steps():
+    if not training.goes_on(job.folder, job.options):
         return False
     return str(storage.read_json(job.source.folder / "config.json").get("model_type")) == "llama"
-
-
-def _checkpoints(job: Job) -> Path:
-    return job.folder / "checkpoints"
 
 
 def require_effect(wanted: KernelConfig, model_type: str) -> None:
@@ -242,7 +236,9 @@ def assemble(
         config=config,
         processes=processes,
         checkpoints=checkpoint.Checkpoints(
-            _checkpoints(job), keep=config.keep_checkpoints, keep_best=config.keep_best
+            job.folder / training.CHECKPOINTS,
+            keep=config.keep_checkpoints,
+            keep_best=config.keep_best,
         ),
         metrics=storage.JsonLines(job.folder / "metrics.jsonl"),
         memory=OOMHandler(config.rows_at_once, enabled=job.options.oom_recovery),

@@ -15,6 +15,7 @@ from tests.pipeline import miniature
 from sevenfold.base import storage
 from sevenfold.base.errors import CheckpointError, UsageError
 from sevenfold.base.records import Run, Source
+from sevenfold.data import shards
 from sevenfold.data.tokenizer import TokenizerConfig, adopt_tokenizer, train_tokenizer
 from sevenfold.model import llama
 from sevenfold.verify import data_card
@@ -36,6 +37,10 @@ def flip_token(folder: Path) -> None:
     rows = np.load(folder / "b.npy")
     rows[3, 5] = (rows[3, 5] + 1) % 512
     np.save(folder / "b.npy", rows)
+
+
+def flip_back(folder: Path) -> None:
+    np.save(folder / "b.npy", np.random.default_rng(1).integers(0, 512, (8, 128)))
 
 
 def add(folder: Path) -> None:
@@ -69,13 +74,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(folder: Path, *, resume: bool = True) -> None:
+def train(folder: Path, *, resume: bool = True, force: str | None = None) -> None:
     plain = miniature.recipe()
     plain["pretrain"] = {**plain["pretrain"], "duration": {"steps": 1}}
     config = folder / "recipe.yaml"
     config.write_text(json.dumps(plain))
     run, recipe = recipes.resolve(config_file=config, run_folder=folder / "run")
-    options = training.StageOptions(data=folder / "packed", resume=resume)
+    options = training.StageOptions(data=folder / "packed", resume=resume, force=force)
     pretrain(recipes.save(run), recipe, options)
 
 
@@ -128,6 +133,32 @@ def test_where_a_checkpoint_fills_all_weights_in_those_to_start_from_are_not_rea
     assert storage.read_manifest(stage / "model")["fingerprint"] == whole["fingerprint"]
     train(folder, resume=False)
     assert read == [folder / "run" / "init" / "model"]
+
+
+def test_ids_are_looked_at_once_for_a_stage(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it goes on, with the bytes that it began with, it is enough that they are the same."""
+    folder = tmp_path / "copy"
+    shutil.copytree(trained, folder)
+    looked: list[str] = []
+    monkeypatch.setattr(shards, "_check_ids", lambda name, *_: looked.append(Path(name).name))
+    monkeypatch.setattr(shards, "_check_repeats", lambda *_, **how: looked.append("repeats"))
+    train(folder)
+    assert looked == []
+    everything = ["a.npy", "b.npy", "validation.npy", "repeats"]
+    train(folder, force="another model, perhaps")
+    assert looked == everything * 2  # for the initial model's sake and for training's
+    flip_token(folder / "packed")
+    looked.clear()
+    with pytest.raises(CheckpointError, match=r"b\.npy: changed"):
+        train(folder)
+    assert looked == everything * 2
+    flip_back(folder / "packed")
+    shutil.rmtree(folder / "run" / "pretrain" / "checkpoints" / "step-00000001")
+    looked.clear()
+    train(folder)
+    assert looked == everything * 2
 
 
 def test_what_an_earlier_version_trained_cannot_be_set_back_to(
