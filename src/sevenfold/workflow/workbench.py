@@ -168,7 +168,7 @@ def place(
     layers = list(scorer.causal_model.get_decoder().layers)
     if config.compile != "none":
         torch.compiler.reset()
-        set_what_is_kept(config)
+        set_what_is_kept(config, adapted=_is_adapted(scorer))
         for layer in layers:
             layer.compile(mode=COMPILE_MODES[config.compile], dynamic=False)
     if held is not None and not held.replicated:
@@ -182,18 +182,22 @@ def place(
         )
 
 
-def set_what_is_kept(config: TrainConfig) -> None:
+def set_what_is_kept(config: TrainConfig, *, adapted: bool) -> None:
     """Have torch.compile keep for the backward pass what ``config`` has memory for."""
     functorch.activation_memory_budget = CHEAP if config.recompute == "cheap" else 1.0
-    # An FP8 product's input is cast again: kept as well, transposed, four rows of 2,048 of the 7B
-    # would take 5 GiB more, which 80 GB do not have.
-    functorch.ban_recompute_materialized_backward = config.precision != "fp8"
+    # Where whole weights train, an FP8 product's input is cast again: kept as well, transposed,
+    # four rows of 2,048 of the 7B would take 5 GiB more, which 80 GB do not have. An adapter's
+    # input, in bf16, is kept, for which there is room beside frozen weights.
+    functorch.ban_recompute_materialized_backward = adapted or config.precision != "fp8"
+
+
+def _is_adapted(scorer: Scorer) -> bool:
+    return scorer.model is not scorer.causal_model
 
 
 def _is_all_bf16(scorer: Scorer, config: TrainConfig) -> bool:
     """Whether whole weights train in the precision that everything is computed in."""
-    without_adapters = scorer.model is scorer.causal_model
-    return without_adapters and config.weights == "bf16" and config.precision == "bf16"
+    return not _is_adapted(scorer) and config.weights == config.precision == "bf16"
 
 
 def validation_batches(job: Job, rows: RowSource) -> list[Batch]:

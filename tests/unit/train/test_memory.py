@@ -133,7 +133,7 @@ def kept_bytes_per_token(
         functorch.patch(activation_memory_budget=1.0, ban_recompute_materialized_backward=True),
         context,
     ):
-        workbench.set_what_is_kept(train)
+        workbench.set_what_is_kept(train, adapted=targets is not None)
         out = layer(hidden, position_embeddings=rotary(hidden, positions), position_ids=positions)
         out.float().sum().backward()
     # Of a token's own: not weights, nor the cosines and sines that all layers share; views once.
@@ -163,6 +163,7 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
         ("fp32", "bf16", False, ALL),
         ("fp32", "bf16", False, ("q_proj", "v_proj")),
         ("bf16", "fp8", False, None),
+        ("bf16", "fp8", False, ALL),
     ],
 )
 def test_what_a_compiled_layer_keeps_is_what_is_counted(
