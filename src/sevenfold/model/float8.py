@@ -24,7 +24,14 @@ from torch._functorch import config as functorch
 
 from sevenfold.base.errors import UsageError
 from sevenfold.model import many_tensors
-from sevenfold.model.float8_linear import DIVISOR, E4M3, Float8Linear, Scaling, scale_for
+from sevenfold.model.float8_linear import (
+    DIVISOR,
+    E4M3,
+    Float8Linear,
+    Scaling,
+    scale_for,
+    transposed,
+)
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +179,7 @@ class Scalings(nn.Module):
         inputs = dict.fromkeys(linear.input_scaling for linear in linears)
         self._scalings = [*inputs, *(linear.gradient_scaling for linear in linears)]
         self._num_inputs = len(inputs)
-        self._cast_of: dict[Float8Linear, tuple[int, int]] = {}
+        self._cast_of: dict[Float8Linear, tuple[int, int, bool]] = {}
         self._scales_of = -1
         self._has_history = False
         empty = torch.zeros(len(self._scalings), HISTORY_LENGTH, dtype=torch.float32)
@@ -236,8 +243,8 @@ class Scalings(nn.Module):
             torch._foreach_copy_(targets, list(values.unbind()))
 
 
-def _version(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), tensor._version
+def _version(weight: Tensor) -> tuple[int, int, bool]:
+    return weight.data_ptr(), weight._version, weight.requires_grad
 
 
 def _cast_weights(linears: list[Float8Linear]) -> None:
@@ -246,6 +253,9 @@ def _cast_weights(linears: list[Float8Linear]) -> None:
     scales = scale_for(many_tensors.norms(weights, math.inf), E4M3)
     torch._foreach_copy_([linear.weight_inverse for linear in linears], list((1 / scales).unbind()))
     many_tensors.cast(weights, scales, [linear.weight8 for linear in linears])
+    for linear in linears:
+        frozen = not linear.weight.requires_grad
+        linear.weight8_turned = transposed(linear.weight8) if frozen else None
 
 
 def _refresh(decoder: nn.Module, _: Any) -> None:

@@ -4,7 +4,8 @@ Inputs and weights are cast to e4m3, gradients to e5m2, each tensor with one sca
 so that only the rounding to 8 bits costs precision. What is cast depends on no other element of
 its tensor, so that a compiler can fuse the cast with whatever computes the values:
 
-- weights are cast when they have changed, and the cast is kept over the micro-batches of a step;
+- weights are cast when they have changed, and the cast is kept over the micro-batches of a step,
+  that of a frozen weight also as its transpose, which each backward pass reads;
 - inputs and gradients are cast with the scale that earlier steps found (delayed scaling), while
   their largest magnitude is noted for later ones; values beyond the range are set to its end;
 - where no gradients are wanted, inputs are cast with the scale that their own values ask for.
@@ -130,6 +131,7 @@ class _Product(torch.autograd.Function):
         input_ni: Tensor,
         weight_oi: Tensor,
         weight8_oi: Tensor,
+        weight8_io: Tensor | None,
         weight_inverse: Tensor,
         input_scale: Tensor,
         input_inverse: Tensor,
@@ -143,6 +145,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(
             input8_ni,
             weight8_oi,
+            weight8_io,
             input_inverse,
             weight_inverse,
             gradient_scale,
@@ -159,6 +162,7 @@ class _Product(torch.autograd.Function):
         (
             input8_ni,
             weight8_oi,
+            weight8_io,
             input_inverse,
             weight_inverse,
             gradient_scale,
@@ -168,11 +172,11 @@ class _Product(torch.autograd.Function):
         input_dtype, weight_dtype = ctx.dtypes
         gradient_amax.copy_(torch.maximum(gradient_amax, largest(gradient_no)))
         gradient8_no = written(cast(gradient_no, gradient_scale, E5M2).contiguous())
-        gradients: list[Tensor | None] = [None] * 11
+        gradients: list[Tensor | None] = [None] * 12
         if ctx.needs_input_grad[0]:
             gradients[0] = multiply(
                 gradient8_no,
-                transposed(weight8_oi),
+                transposed(weight8_oi) if weight8_io is None else weight8_io,
                 (gradient_inverse, weight_inverse),
                 input_dtype,
                 emulate=ctx.emulate,
@@ -192,6 +196,7 @@ class Float8Linear(nn.Linear):
     """A linear layer with FP8 products; its weight stays what it was, for optimizer and export."""
 
     weight8: Tensor
+    weight8_turned: Tensor | None
     weight_inverse: Tensor
 
     def __init__(self, linear: nn.Linear, input_scaling: Scaling, *, emulate: bool):
@@ -208,6 +213,7 @@ class Float8Linear(nn.Linear):
         self.register_buffer(
             "weight8", torch.zeros_like(linear.weight, dtype=E4M3), persistent=False
         )
+        self.register_buffer("weight8_turned", None, persistent=False)
         one = torch.ones((), dtype=torch.float32, device=device)
         self.register_buffer("weight_inverse", one, persistent=False)
 
@@ -225,6 +231,7 @@ class Float8Linear(nn.Linear):
             input_ni,
             self.weight,
             self.weight8,
+            self.weight8_turned,
             self.weight_inverse,
             scale,
             inverse,

@@ -198,9 +198,11 @@ class Demand:
         """Bytes of weights that exist a second time while computing."""
         model, compute = self.model, self.compute_bytes
         if self.precision == "fp8":
-            # Every layer's weights are kept in 8 bits; the head's are cast where they are fp32.
+            # Every layer's weights are kept in 8 bits, frozen ones as their transposes, too; the
+            # head's are cast where they are fp32.
             head = model.vocab_size * model.hidden_size if self.train.weights == "fp32" else 0
-            return float(model.num_layers * model.num_layer_matmul_parameters + 2 * head)
+            forms = 1 if self.adapter is None else 2
+            return float(forms * model.num_layers * model.num_layer_matmul_parameters + 2 * head)
         if self.four_bits:
             # One matrix at a time is made anew from its four bits.
             return float(model.hidden_size * model.intermediate_size * compute)

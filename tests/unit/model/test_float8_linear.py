@@ -343,10 +343,20 @@ def test_transposed_rows_are_whole_blocks(rows: int) -> None:
     assert not bool(found[:, rows:].float().any())
 
 
-def test_frozen_weights_cost_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As under an adapter: three layers, forward and to their inputs."""
+def input_gradient(model: nn.Module, values: Tensor) -> Tensor:
+    inputs = values.clone().requires_grad_()
+    model(inputs).sum().backward()
+    assert inputs.grad is not None
+    return inputs.grad
+
+
+def test_frozen_weights_cost_no_product_and_no_transpose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under an adapter: three layers, forward and to their inputs, with the same gradient."""
     model, values = converted(), torch.randn(8, 32)
+    expected = input_gradient(model, values)
+    model.zero_grad()
     model.requires_grad_(False)
+    model(values)
     products: list[torch.dtype] = []
     real = float8_linear.multiply
 
@@ -355,11 +365,26 @@ def test_frozen_weights_cost_no_product(monkeypatch: pytest.MonkeyPatch) -> None
         return real(left, *args, **settings)
 
     monkeypatch.setattr(float8_linear, "multiply", counting)
-    inputs = values.clone().requires_grad_()
-    model(inputs).sum().backward()
-    assert inputs.grad is not None
+    monkeypatch.setattr(float8_linear, "transposed", lambda _: pytest.fail("transposed again"))
+    assert torch.equal(input_gradient(model, values), expected)
     assert not gradients(model)
     assert products == [E4M3] * 3 + [E5M2] * 3
+
+
+@pytest.mark.parametrize("change", [change_by_loading, change_one_row, change_the_tensor])
+def test_the_transposes_kept_are_those_of_the_weights(change: Callable[[nn.Module], None]) -> None:
+    model, values = converted(64), torch.randn(8, 64)
+    linears = [each for each in model.modules() if isinstance(each, Float8Linear)]
+    model.requires_grad_(False)
+    for step_to in (lambda _: None, change):
+        step_to(model)
+        model(values)
+        for linear in linears:
+            assert linear.weight8_turned is not None
+            assert torch.equal(linear.weight8_turned.float(), linear.weight8.float().t())
+    model.requires_grad_(True)
+    model(values)
+    assert all(linear.weight8_turned is None for linear in linears)
 
 
 # The compiler looks at the .grad of tensors that have none.

@@ -18,9 +18,10 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes import joint_graph
 
 from sevenfold.model import float8, lora
-from sevenfold.model.config import LoRAAdapterConfig, ModelConfig
+from sevenfold.model.config import InitConfig, LoRAAdapterConfig, ModelConfig
+from sevenfold.model.llama import initialize
 from sevenfold.train.config import TrainConfig
-from sevenfold.train.memory import Adapter, Demand, Precision
+from sevenfold.train.memory import GIB, Adapter, Demand, Precision
 from sevenfold.workflow import workbench
 
 MODEL = ModelConfig(
@@ -187,3 +188,20 @@ def test_what_a_compiled_layer_keeps_is_what_is_counted(
         torch.float32 if weights == "fp32" else torch.bfloat16, train, targets
     )
     assert demand.layer_bytes_per_token() == found
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_weights_kept_in_eight_bits_are_what_is_counted(adapted: bool) -> None:
+    train = dataclasses.replace(TRAIN, weights="bf16", precision="fp8")
+    init = InitConfig(std=0.02, scale_residual=True, dtype="bfloat16")
+    model: Any = initialize(MODEL, init, 0, torch.bfloat16)
+    float8.convert_to_float8(model, emulate=True)
+    if adapted:
+        lora.add_adapter(
+            model, LoRAAdapterConfig(r=2, alpha=2.0, dropout=0.0, targets="all-linear")
+        )
+    model(input_ids=torch.zeros(1, 16, dtype=torch.int64), use_cache=False)
+    kept = sum(b.nbytes for b in model.buffers() if b.dtype == torch.float8_e4m3fn)
+    adapter = Adapter(num_parameters=1, rank=2) if adapted else None
+    demand = Demand(model=MODEL, train=train, precision="fp8", adapter=adapter)
+    assert demand.memory(ROWS * LENGTH).gathered_gib * GIB == kept
