@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import types
 from collections.abc import Iterator
@@ -46,7 +45,7 @@ def test_a_stage_compiles_afresh(
     monkeypatch.setattr(torch.compiler, "reset", lambda: notes.append("reset"))
     decoder = types.SimpleNamespace(layers=[Layer(notes), Layer(notes)])
     model = types.SimpleNamespace(get_decoder=lambda: decoder)
-    scorer: Any = types.SimpleNamespace(causal_model=model)
+    scorer: Any = types.SimpleNamespace(causal_model=model, model=model)
     _, recipe = recipes.resolve(overrides=[f"pretrain.compile={mode}"])
     workbench.place(scorer, recipe, "pretrain", recipe.pretrain, parallel.join())
     assert notes == expected
@@ -67,41 +66,25 @@ def test_several_processes_hold_the_model_as_planned(
     _, recipe = recipes.resolve(overrides=["pretrain.precision=bf16"])
     decoder = types.SimpleNamespace(layers=[])
     model = types.SimpleNamespace(config=recipe.model.to_hf(), get_decoder=lambda: decoder)
-    scorer: Any = types.SimpleNamespace(causal_model=model)
+    scorer: Any = types.SimpleNamespace(causal_model=model, model=model)
     four = parallel.Processes(rank=0, world=4, device=torch.device("cpu"), per_node=2)
     workbench.place(scorer, recipe, "pretrain", recipe.pretrain, four)
     assert notes == expected
 
 
-@pytest.mark.parametrize(
-    ("changed", "expected"),
-    [
-        ({}, True),
-        ({"stage": "sft"}, True),
-        ({"stage": "dpo"}, False),  # its reference is the model that it starts from
-        ({"stage": "lora"}, False),  # its base, too
-        ({"external": True}, False),
-        ({"world": 2}, False),
-        ({"resume": False}, False),
-        ({"model_type": "qwen3"}, False),
-        ({"step": "damaged-step-00000003"}, False),
-    ],
-)
-def test_weights_to_start_from_are_read_unless_all_come_from_a_checkpoint(
-    tmp_path: Path, changed: dict[str, Any], expected: bool
+@pytest.mark.parametrize(("precision", "adapted"), [("fp8", False), ("fp8", True), ("bf16", False)])
+def test_only_whole_weights_in_fp8_compute_their_inputs_again(
+    precision: str, adapted: bool
 ) -> None:
-    facts: dict[str, Any] = {"stage": "pretrain", "external": False, "world": 1, "resume": True}
-    facts |= {"model_type": "llama", "step": "step-00000003", **changed}
-    (tmp_path / "checkpoints" / facts["step"]).mkdir(parents=True)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": facts["model_type"]}))
-    job: Any = types.SimpleNamespace(
-        stage=facts["stage"],
-        folder=tmp_path,
-        source=types.SimpleNamespace(folder=tmp_path, external=facts["external"]),
-        options=training.StageOptions(resume=facts["resume"]),
-        processes=parallel.Processes(rank=0, world=facts["world"], device=torch.device("cpu")),
-    )
-    assert workbench._all_comes_from_a_checkpoint(job) is expected
+    _, recipe = recipes.resolve(overrides=["pretrain.compile=default"])
+    config = dataclasses.replace(recipe.pretrain, precision=precision)  # type: ignore[arg-type]
+    decoder = types.SimpleNamespace(layers=[])
+    model = types.SimpleNamespace(get_decoder=lambda: decoder)
+    scorer: Any = types.SimpleNamespace(causal_model=model, model=object() if adapted else model)
+    with functorch.patch(ban_recompute_materialized_backward=True):
+        workbench.place(scorer, recipe, "pretrain", config, parallel.join())
+        kept = functorch.ban_recompute_materialized_backward
+    assert kept is (adapted or precision == "bf16")
 
 
 class Gated(torch.nn.Module):
@@ -139,7 +122,7 @@ def test_cheap_recomputation_keeps_products_only() -> None:
         config = dataclasses.replace(recipe.pretrain, recompute=recompute)
         nothing = types.SimpleNamespace(layers=[])
         model = types.SimpleNamespace(get_decoder=lambda found=nothing: found)
-        scorer: Any = types.SimpleNamespace(causal_model=model)
+        scorer: Any = types.SimpleNamespace(causal_model=model, model=model)
         workbench.place(scorer, recipe, "pretrain", config, parallel.join())
         graphs: list[torch.fx.GraphModule] = []
 
