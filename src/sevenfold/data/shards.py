@@ -87,10 +87,8 @@ def open_shards(
         )
     if is_saved_dataset(folder):
         parts, row_length = _open_input_ids(folder, min_length)
-        hashes = {
-            path.relative_to(folder).as_posix(): storage.sha256_file(path)
-            for path in sorted(folder.rglob("*.arrow"))
-        }
+        arrow = sorted(folder.rglob("*.arrow"))
+        hashes = {p.relative_to(folder).as_posix(): storage.sha256_file(p) for p in arrow}
     else:
         files = _list_files(folder)
         hashes = _hashes(folder, files)
@@ -106,10 +104,9 @@ def open_shards(
     train, validation = _split(folder, parts, row_length)
     if hashes != known:
         _check_repeats(folder, train, validation, drawn="validation" not in parts)
-    own = (folder / storage.MANIFEST).is_file()  # then lineage finds the folder by its manifest
-    about: dict[str, Any] = (
-        storage.read_manifest(folder) if own else {"fingerprint": fingerprint(hashes)}
-    )
+    about: dict[str, Any] = {"fingerprint": fingerprint(hashes)}
+    if (folder / storage.MANIFEST).is_file():  # then lineage finds the folder by it
+        about = storage.read_manifest(folder)
     return PackedShards(
         train=train,
         validation=validation,
