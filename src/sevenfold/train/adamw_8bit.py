@@ -185,16 +185,19 @@ def _apply(
     weights, gradient = _local(parameter.detach()), _local(parameter.grad)
     if not weights.numel():
         return
+    # Kernels count on it; a view alone would leave the steps of a vector as they are.
+    gradient = gradient.contiguous()
+    assert weights.is_contiguous()
     constants = (factors, seed, *group["betas"], group["eps"])
     if not in_8_bits(parameter.shape):
         moments = [_local(state[moment]).view(-1) for moment in MOMENTS]
-        tensors = [weights.view(-1), gradient.reshape(-1), *moments]
+        tensors = [weights.view(-1), gradient.view(-1), *moments]
         _fastest(_update, weights)(*tensors, *constants)
         return
     codes = [_local(state[f"{moment}_codes"]).view(-1, BLOCK) for moment in MOMENTS]
     scales = [_local(state[f"{moment}_scale"]).view(-1, 1) for moment in MOMENTS]
     kinds = [_codes_of(moment, weights.device) for moment in MOMENTS]
-    tensors = [weights.view(-1, BLOCK), gradient.reshape(-1, BLOCK), *codes, *scales]
+    tensors = [weights.view(-1, BLOCK), gradient.view(-1, BLOCK), *codes, *scales]
     _fastest(_update_blocks, weights)(*tensors, *kinds, *constants)
 
 

@@ -177,6 +177,23 @@ def test_the_kernels_compute_the_same() -> None:
     )
 
 
+def test_kernels_get_gradients_without_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They count places from the first one; PyTorch's own functions follow a tensor's steps."""
+    seen: list[tuple[int, ...]] = []
+
+    def note(update: Any, weights: torch.Tensor) -> Any:
+        return lambda *tensors: seen.append(tensors[1].stride())
+
+    monkeypatch.setattr(adamw_8bit, "_fastest", note)
+    parameters = [torch.nn.Parameter(drawn(*shape)) for shape in [(64, 256), (7,), (90,)]]
+    for parameter, gradient in zip(
+        parameters, (drawn(256, 64).t(), drawn(14)[::2], torch.ones(()).expand(90)), strict=True
+    ):
+        parameter.grad = gradient
+    ours([{"params": parameters}]).step()
+    assert seen == [(256, 1), (1,), (1,)]
+
+
 def test_what_the_state_takes_is_what_is_counted() -> None:
     for shape in [(64, 256), (3, 64, 512), (40,), (64, 100)]:
         parameter = torch.nn.Parameter(drawn(*shape))
