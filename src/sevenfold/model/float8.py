@@ -2,7 +2,7 @@
 
 Ours (``convert_to_float8``): weights cast once a step, delayed scaling of inputs and gradients.
 torchao's tensorwise recipe (``convert_with_torchao``): everything cast with its own scale whenever
-it is used; the reference, and what several GPUs train with.
+it is used; the reference, and what sharded weights train with.
 
 The embedding and the head stay as they are: the head's logits need the precision, and the
 embedding is no matrix product.

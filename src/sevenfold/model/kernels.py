@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 
 # Layers compiled one by one, and the head of `objective.linear_cross_entropy` that keeps logits.
 PLAIN = KernelConfig(liger=False, cce=False)
-# What trains the 7B fastest on each kind of GPU that was measured; docs/performance.md, "What
-# `auto` takes for kernels", has the figures. CCE was slower than kept logits in whole steps. Liger
-# is left out because the layers are compiled, which fuses what it fuses; it has not been measured
-# beside them.
+# What trains the 7B fastest, as far as was measured: on an H100, whose chip an H200 has, too.
+# docs/performance.md, "What `auto` takes for kernels", has the figures. CCE was slower than kept
+# logits in whole steps. Liger is left out because the layers are compiled, which fuses what it
+# fuses; it has not been measured beside them.
 FASTEST = {"H100": PLAIN, "H200": PLAIN}
 
 _built_models: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
@@ -84,8 +84,8 @@ def decide(
 @functools.cache
 def _say_unmeasured(gpu: str) -> None:
     log.warning(
-        "kernels: auto takes compiled layers and our own loss, which were fastest on %s; on %s "
-        "nothing was measured: compare with sevenfold bench pretrain --set kernels.liger=true, or "
+        "kernels: auto takes compiled layers and our own loss, as it does on %s; on %s nothing was "
+        "measured: compare with sevenfold bench pretrain --set kernels.liger=true, or "
         "--set kernels.cce=true",
         " and ".join(FASTEST),
         gpu,

@@ -21,7 +21,7 @@ from sevenfold.verify import lineage as lineages
 from sevenfold.verify.data_card import sources as data_sources
 
 EXTRAS = {
-    "torchao": ("fp8", "FP8 on several GPUs"),
+    "torchao": ("fp8", "FP8 on several nodes, or where weights are sharded"),
     "liger-kernel": ("kernels", "fused RoPE, norm and SwiGLU"),
     "cut-cross-entropy": ("kernels", "loss without logits in memory"),
     "bitsandbytes": ("qlora", "LoRA on a base in four bits"),

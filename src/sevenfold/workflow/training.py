@@ -91,7 +91,7 @@ def decide(config: TrainConfig) -> TrainConfig:
     if compile_mode == "auto":
         compile_mode = gpu["compile_mode"]  # type: ignore[assignment]
     if precision == "fp8_torchao" != config.precision:
-        log.warning("fp8: several GPUs train with torchao's recipe (precision fp8_torchao)")
+        log.warning("fp8: sharded weights train with torchao's recipe (precision fp8_torchao)")
     if precision in ("fp8", "fp8_torchao"):
         float8.require_float8(torchao=precision == "fp8_torchao")
     if config.recompute == "cheap" and compile_mode == "none":
