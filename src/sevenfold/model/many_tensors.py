@@ -19,7 +19,10 @@ ALIGNED = 16
 
 
 def norms(tensors: list[Tensor], order: float) -> Tensor:
-    """Return the norms of tensors, of order 2 or infinity, in fp32: [tensors]."""
+    """Return the norms of tensors, of order 2 or infinity, in fp32: [tensors].
+
+    On a GPU the largest magnitude passes over NaN, which the sum of squares shows everywhere.
+    """
     if not _fit(tensors):
         return torch.stack(torch._foreach_norm(tensors, order, dtype=torch.float32))
     return norms_in_one_launch(tensors, order)
