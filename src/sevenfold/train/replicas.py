@@ -94,8 +94,14 @@ def gather(model: nn.Module) -> None:
         gathered = _padded(whole.detach(), mesh.size())
         # Each sends from where its rows belong, as FSDP2 does, so that nothing is copied.
         own = gathered.chunk(mesh.size())[mesh.get_local_rank()]
-        dist.all_gather_into_tensor(gathered, own, group=mesh.get_group())
+        _all_gather(gathered, own, mesh.get_group())
         if gathered.shape != whole.shape:
             whole.copy_(gathered[: whole.shape[0]])
     # Neither an optimizer's step nor an exchange need count as a change; FP8 casts what did.
     torch.autograd.graph.increment_version([whole for whole, _ in shared])
+
+
+def _all_gather(target: Tensor, own: Tensor, group: Any) -> None:
+    # PyTorch 2.13 has given it this name, and warns of the one before.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(target, own, group=group)

@@ -248,17 +248,17 @@ def count_exchanges() -> None:
 
 def change_uncounted() -> None:
     """Write weights as GPUs do, by our kernels and by NCCL: PyTorch does not count the changes."""
-    update, gather = adamw_8bit._apply, dist.all_gather_into_tensor
+    update, gather = adamw_8bit._apply, replicas._all_gather
 
     def updated(parameter: Tensor, *arguments: Any) -> None:
         with torch.autograd._unsafe_preserve_version_counter(adamw_8bit._local(parameter)):
             update(parameter, *arguments)
 
-    def gathered(target: Tensor, *arguments: Any, **named: Any) -> Any:
+    def gathered(target: Tensor, *arguments: Any) -> None:
         with torch.autograd._unsafe_preserve_version_counter(target):
-            return gather(target, *arguments, **named)
+            gather(target, *arguments)
 
-    adamw_8bit._apply, dist.all_gather_into_tensor = updated, gathered
+    adamw_8bit._apply, replicas._all_gather = updated, gathered
 
 
 def run(target: Path) -> None:

@@ -17,6 +17,8 @@ import pytest
 REPOSITORY = Path(__file__).parents[3]
 HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
 WHOLE = ["whole", "whole, fp8", "whole, bf16"]
+# What we call ourselves must not be what PyTorch is about to give up.
+OURS = "error:`torch.distributed:FutureWarning"
 WAYS = ["in all", "copies", "fp8", "fp8 and bf16", *WHOLE]
 
 
@@ -31,7 +33,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     paths = f"{REPOSITORY / 'src'}:{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"
     sizes = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.unit.train.sharding", str(target)]
+        [sys.executable, "-W", "ignore", "-W", OURS, "-m", "tests.unit.train.sharding", str(target)]
         + (["torchao"] if HAS_TORCHAO else []),
         env={**os.environ, **meeting, **sizes, "PYTHONPATH": paths},
         cwd=REPOSITORY,
