@@ -222,9 +222,9 @@ class Demand:
         """Bytes that one token leaves in one layer.
 
         In FP8 the normed inputs are kept in 8 bits, the others are cast again, and SwiGLU's product
-        is computed again. Cheap recomputation keeps neither normed inputs
-        nor the product. Of a frozen model only what an adapter reads is kept of these, and what
-        each adapter holds between its two matrices.
+        is computed again. Cheap recomputation keeps neither normed inputs nor the product. Of a
+        frozen model only what an adapter reads is kept of these, and what each adapter holds
+        between its two matrices.
         """
         model, compute, adapter = self.model, self.compute_bytes, self.adapter
         h, f = model.hidden_size, model.intermediate_size

@@ -329,12 +329,13 @@ def test_a_killed_process_is_named_and_the_same_command_goes_on(
 
 
 @pytest.mark.fault("E04")
-@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize(("phase", "how"), [("forward", ()), ("backward", ("whole",))])
 def test_one_process_out_of_memory_lets_all_start_again_smaller(
-    alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
+    alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, how: tuple[str, ...]
 ) -> None:
+    """With shares of one model, and with whole weights in each."""
     monkeypatch.setenv("SEVENFOLD_FAULTS", f"oom@step=8:phase={phase}:rank=1")
-    assert train(tmp_path, 2, micro_batch=2) == 0
+    assert train(tmp_path, 2, "-1", *how, micro_batch=2) == 0
     decisions = json.loads((tmp_path / "recovery.json").read_text())
     assert decisions["micro_batches"] == [[7, 1]]
     assert np.allclose(losses(alone), losses(tmp_path), rtol=1e-4)
