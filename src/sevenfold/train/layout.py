@@ -14,6 +14,7 @@ from sevenfold.train.memory import Demand, Precision
 
 # The share of a GPU's memory that may be planned for: beyond it layers give their gathered weights
 # back between forward and backward, and nodes hold shares of one model instead of a copy each.
+# Exchanges take memory, too, which no plan counts: it is not PyTorch's.
 PLANNED_SHARE = 0.9
 
 

@@ -111,7 +111,10 @@ def _plans(demand: Demand, gpu: GPUInfo) -> list[tuple[float, TrainConfig]]:
 
 
 def _room_gib(demand: Demand, gpu: GPUInfo) -> float:
-    return _memory_gib(demand.model, gpu) * PLANNED_SHARE
+    # Our FP8 is for whole weights, which on several GPUs leave as much room as others do.
+    is_whole = demand.precision == "fp8" and demand.world_size > 1
+    share = layout.PLANNED_SHARE if is_whole else PLANNED_SHARE
+    return _memory_gib(demand.model, gpu) * share
 
 
 def with_fp8_that_fits(demand: Demand, gpu: GPUInfo) -> Demand:

@@ -17,6 +17,7 @@ from sevenfold.base.errors import BadDataError
 from sevenfold.base.hardware import GPUInfo
 from sevenfold.model import float8, kernels
 from sevenfold.model.config import KernelConfig
+from sevenfold.train import layout
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.memory import Demand
 from sevenfold.workflow import choosing, remaining, training
@@ -183,6 +184,15 @@ def test_fp8_is_shared_where_whole_weights_do_not_fit(
     assert "whole weights do not fit; shared ones train with torchao's recipe" in caplog.text
     assert choosing._trainable(asked, H100) == asked
     assert required == [True]
+
+
+def test_fp8_of_whole_weights_leaves_as_much_room_as_bf16() -> None:
+    """Eight rows on each of eight H100s are planned to take 75.0 of 79.1 GiB, exchanges apart."""
+    asked = opened(demand("fp8", 8), micro_batch=8)
+    peak_gib = layout.lay_out(asked, memory_gib=79.1).peak_gib
+    assert layout.PLANNED_SHARE < peak_gib / 79.1 < choosing.PLANNED_SHARE
+    assert choosing.choose(demand("fp8", 8), H100).micro_batch == 4
+    assert choosing.with_fp8_that_fits(asked, H100).precision == "fp8_torchao"
 
 
 def test_a_stage_keeps_its_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
