@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 FILE = "chosen.json"
 # Of a GPU's memory, what may be planned to be taken: plans are up to 3 % off, and a little more is
 # lost between blocks of memory.
-PLANNED_SHARE = 0.95
+SHARE_OF_ONE_GPU = 0.95
 # Where there is no GPU, a model larger than this is planned for one of 80 GB: an H100 in the
 # precision that an A100 has, too.
 LARGEST_ON_CPU = 1e8
@@ -113,7 +113,7 @@ def _plans(demand: Demand, gpu: GPUInfo) -> list[tuple[float, TrainConfig]]:
 def _room_gib(demand: Demand, gpu: GPUInfo) -> float:
     # Our FP8 is for whole weights, which on several GPUs leave as much room as others do.
     is_whole = demand.precision == "fp8" and demand.world_size > 1
-    share = layout.PLANNED_SHARE if is_whole else PLANNED_SHARE
+    share = layout.PLANNED_SHARE if is_whole else SHARE_OF_ONE_GPU
     return _memory_gib(demand.model, gpu) * share
 
 

@@ -190,7 +190,7 @@ def test_fp8_of_whole_weights_leaves_as_much_room_as_bf16() -> None:
     """Eight rows on each of eight H100s are planned to take 75.0 of 79.1 GiB, exchanges apart."""
     asked = opened(demand("fp8", 8), micro_batch=8)
     peak_gib = layout.lay_out(asked, memory_gib=79.1).peak_gib
-    assert layout.PLANNED_SHARE < peak_gib / 79.1 < choosing.PLANNED_SHARE
+    assert layout.PLANNED_SHARE < peak_gib / 79.1 < choosing.SHARE_OF_ONE_GPU
     assert choosing.choose(demand("fp8", 8), H100).micro_batch == 4
     assert choosing.with_fp8_that_fits(asked, H100).precision == "fp8_torchao"
 
