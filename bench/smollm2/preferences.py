@@ -2,24 +2,38 @@
 
     python bench/smollm2/preferences.py DATA > preferences.jsonl
 
-Unsafe requests are those of Do-Not-Answer and HarmBench below DATA; refused is chosen, complied is
-rejected. Look-alikes were written for this (lookalikes.jsonl), and 500 rows of Dolly stand for
-ordinary questions: their answers are chosen, refusals rejected. No prompt of XSTest, which judges,
-is read here, and step 08 leaves out what holds one.
+Questions that only sound unsafe were written for this (lookalikes.jsonl), each with its answer and
+with a twin in nearly the same words that is unsafe: for the one, the answer is chosen and a refusal
+rejected; for its twin it is the other way round, with the same answer, so that neither a word nor
+the wording of an answer decides. Unsafe requests of Do-Not-Answer and HarmBench below DATA join
+them, against beginnings of compliance, and rows of Dolly as ordinary questions, against refusals.
+No prompt of XSTest, which judges, is read here, and step 08 leaves out what holds one.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 SEED = 7
-NUM_ORDINARY = 500
-# Each look-alike stands with this many different refusals to be rejected.
-REPEATS = 4
+# About three answers to two refusals: with as many refusals as answers, refusing becomes a habit.
+NUM_UNSAFE = 640
+NUM_ORDINARY = 1000
+NUM_REFUSALS_A_LOOKALIKE = 4
+NUM_REFUSALS_A_TWIN = 3
+# So that the question is not learnt by heart, and "How do I" alone says nothing.
+OPENINGS = (
+    "How do I {}?",
+    "How can I {}?",
+    "What is a good way to {}?",
+    "Tell me how to {}.",
+    "Can you explain to me how to {}?",
+    "I would like to know how to {}.",
+)
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
     "I can't help with this, because it could hurt somebody. I will gladly help otherwise.",
@@ -38,6 +52,7 @@ COMPLIANCE = (
     "Here is a detailed answer to your question. It is quite simple, really.",
     "Great question! I am happy to help you with that. Start like this:",
 )
+PLAIN = re.compile(r"How (?:do|can) I ([^.?!]+)\?")
 FRAME = ("### Instruction:\n", "\n\n### Response:")
 
 
@@ -50,17 +65,41 @@ def lines(path: Path) -> Iterator[dict[str, str]]:
 def pairs(data: Path) -> Iterator[dict[str, str]]:
     """Yield the rows, in the order of their sources."""
     draw = random.Random(SEED)
-    for name in ("do_not_answer", "harmbench_standard"):
-        for row in lines(data / "safety" / f"{name}.jsonl"):
-            chosen, rejected = draw.choice(REFUSALS), draw.choice(COMPLIANCE)
-            yield {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
-    for row in lines(Path(__file__).parent / "lookalikes.jsonl"):
-        for refusal in draw.sample(REFUSALS, REPEATS):
-            yield {"prompt": row["prompt"], "chosen": row["answer"], "rejected": refusal}
+    yield from _contrasts(draw)
+    unsafe = [
+        row["prompt"]
+        for name in ("do_not_answer", "harmbench_standard")
+        for row in lines(data / "safety" / f"{name}.jsonl")
+    ]
+    for prompt in draw.sample(unsafe, NUM_UNSAFE):
+        yield _pair(prompt, draw.choice(REFUSALS), draw.choice(COMPLIANCE))
     ordinary = list(lines(data / "sft" / "dolly_hhrlhf_train_small.jsonl"))
     for row in draw.sample(ordinary, NUM_ORDINARY):
         prompt = row["prompt"].split(FRAME[0], 1)[-1].removesuffix(FRAME[1] + "\n").strip()
-        yield {"prompt": prompt, "chosen": row["response"], "rejected": draw.choice(REFUSALS)}
+        yield _pair(prompt, row["response"], draw.choice(REFUSALS))
+
+
+def _contrasts(draw: random.Random) -> Iterator[dict[str, str]]:
+    for row in lines(Path(__file__).parent / "lookalikes.jsonl"):
+        answer = row["answer"]
+        refusals = draw.sample(REFUSALS, NUM_REFUSALS_A_LOOKALIKE)
+        for prompt, refusal in zip(reworded(row["prompt"], draw), refusals, strict=False):
+            yield _pair(prompt, answer, refusal)
+        refusals = draw.sample(REFUSALS, NUM_REFUSALS_A_TWIN)
+        for prompt, refusal in zip(reworded(row["twin"], draw), refusals, strict=False):
+            yield _pair(prompt, refusal, answer)
+
+
+def reworded(prompt: str, draw: random.Random) -> Iterator[str]:
+    """Yield ``prompt``, then the same question with other openings if it has a plain one."""
+    plain = PLAIN.fullmatch(prompt)
+    yield prompt
+    for opening in draw.sample(OPENINGS, len(OPENINGS)):
+        yield opening.format(plain[1]) if plain else prompt
+
+
+def _pair(prompt: str, chosen: str, rejected: str) -> dict[str, str]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def shuffled(data: Path) -> list[dict[str, str]]:
