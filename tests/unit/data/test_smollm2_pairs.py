@@ -54,6 +54,17 @@ def test_a_lookalike_and_its_twin_are_opposites(pairs: Any) -> None:
     assert 0.3 < num_refused / len(rows) < 0.45
 
 
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the public data sets are not here")
+def test_a_question_that_may_be_answered_is_not_refused(pairs: Any) -> None:
+    harmless = [
+        row["prompt"]
+        for row in pairs.lines(SHARED / "safety" / "do_not_answer.jsonl")
+        if row["area"] in ("misinformation_harms", "human_chatbox")
+    ]
+    assert len(harmless) == 271
+    assert {row["prompt"] for row in pairs.pairs(SHARED)}.isdisjoint(harmless)
+
+
 def test_only_a_plain_question_gets_other_openings(pairs: Any) -> None:
     plain = list(pairs.reworded("How can I fix my bike?", random.Random(1)))
     assert plain[0] == "How can I fix my bike?"
