@@ -35,6 +35,10 @@ def warnings(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     return caplog
 
 
+def has_loss(folder: Path) -> bool:
+    return any(b"loss" in path.read_bytes() for path in folder.rglob("*.wandb"))
+
+
 def failing(run_method: str) -> Any:
     """A stand-in for wandb's run of which one method fails, as with a service that died."""
     from wandb.errors import CommError
@@ -56,8 +60,12 @@ def test_what_is_tracked_holds_metrics_and_no_secret(
     monkeypatch.setattr(sys, "argv", ["sevenfold", "--source", f"https://u:{CANARY}@host/x"])
     with tracking.tracked(job(tmp_path)) as tracker:
         tracker.log(ROW)
+    # wandb's own service writes the file, in its own time.
+    end_s = time.monotonic() + 30
+    while not (found := has_loss(tmp_path)) and time.monotonic() < end_s:
+        time.sleep(0.1)
+    assert found
     kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert any(b"loss" in content for path, content in kept.items() if path.suffix == ".wandb")
     assert [path for path, content in kept.items() if CANARY.encode() in content] == []
 
 
