@@ -255,37 +255,37 @@ def test_an_adapter_that_is_not_finite_is_refused(base: Any, tmp_path: Path, val
     assert not (tmp_path / "adapter").exists()
 
 
-@pytest.mark.parametrize("kind", ["lora", "both"])
 def test_a_saved_adapter_is_read_by_peft_elsewhere(
-    base: Any, tokenizer_folder: Path, tmp_path: Path, kind: str
+    base: Any, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     save_model(base, tokenizer_folder, tmp_path / "base", torch.float32)
-    adapted = trained(add_adapter(base, KINDS[kind]))
-    manifest = save_adapter(adapted, tmp_path / "adapter", base="dpo/model", base_fingerprint="abc")
-    assert (manifest["kind"], manifest["base_fingerprint"]) == ("adapter", "abc")
-    assert {file["path"] for file in manifest["files"]} == {
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
-    settings = storage.read_json(tmp_path / "adapter" / "adapter_config.json")
-    assert settings["base_model_name_or_path"] == "dpo/model"
-    assert settings["target_modules"] == sorted(settings["target_modules"])
-    torch.save(logits(adapted), tmp_path / "logits.pt")
+    for kind in ("lora", "both"):
+        folder = tmp_path / kind
+        adapted = trained(add_adapter(copy.deepcopy(base), KINDS[kind]))
+        manifest = save_adapter(adapted, folder, base="dpo/model", base_fingerprint="abc")
+        assert (manifest["kind"], manifest["base_fingerprint"]) == ("adapter", "abc")
+        assert {file["path"] for file in manifest["files"]} == {
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
+        settings = storage.read_json(folder / "adapter_config.json")
+        assert settings["base_model_name_or_path"] == "dpo/model"
+        assert settings["target_modules"] == sorted(settings["target_modules"])
+        torch.save(logits(adapted), tmp_path / f"{kind}.pt")
     code = (
         "import torch, sys; from peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM\n"
-        "base = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "model = PeftModel.from_pretrained(base, sys.argv[2]).eval()\n"
         "ids = torch.arange(40).view(2, 20) * 7 % 320\n"
-        "with torch.no_grad(): found = model(input_ids=ids).logits\n"
-        "print((found - torch.load(sys.argv[3])).abs().max().item() <= 1e-5)"
+        "for kind in ('lora', 'both'):\n"
+        "    base = AutoModelForCausalLM.from_pretrained('base')\n"
+        "    model = PeftModel.from_pretrained(base, kind).eval()\n"
+        "    with torch.no_grad(): found = model(input_ids=ids).logits\n"
+        "    print((found - torch.load(kind + '.pt')).abs().max().item() <= 1e-5)"
     )
-    folders = [str(tmp_path / name) for name in ("base", "adapter", "logits.pt")]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *folders], capture_output=True, text=True, check=False
-    )
-    assert done.stdout.strip() == "True", done.stderr
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["True", "True"], done.stderr
 
 
 def test_a_path_of_this_machine_is_not_written_down(base: Any, tmp_path: Path) -> None:
