@@ -12,6 +12,7 @@ on one GPU, preset small and a cut of the 7B (two layers, else its shape):
     bf16_again   the same with other random numbers and another micro-batch: how far two runs of
                  one recipe drift apart (small only)
     fp8          as bf16, products in FP8 (ours)
+    fp8_torchao  the same with torchao's tensorwise recipe; only with --variant fp8_torchao
     fp32         as autocast, products in fp32 (TF32 on a GPU); only with --variant fp32
 
 through `loop.fit`, with the recipe's schedule over the steps below, and prints per variant the
@@ -76,6 +77,7 @@ VARIANTS = {
     "bf16": [*BITS8, "pretrain.precision=bf16"],
     "bf16_again": [*BITS8, "pretrain.precision=bf16"],
     "fp8": [*BITS8, "pretrain.precision=fp8"],
+    "fp8_torchao": [*BITS8, "pretrain.precision=fp8_torchao"],
     "fp32": [*FP32, "pretrain.precision=fp32"],
 }
 TRAINED = {"small": ("autocast", "bf16", "bf16_again", "fp8"), "7b": ("autocast", "bf16", "fp8")}
@@ -88,6 +90,8 @@ COMPARED = (
     ("bf16_again", "bf16", None, None),
     ("fp8", "bf16", 1.0, 1.0),
     ("fp8", "autocast", None, None),
+    ("fp8_torchao", "bf16", None, None),
+    ("fp8", "fp8_torchao", None, None),
 )
 
 

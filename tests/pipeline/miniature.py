@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -182,3 +183,22 @@ def sevenfold(
         cwd=cwd,
         check=False,
     )
+
+
+def fingerprint(run: Path, stage: str) -> str:
+    """Return the fingerprint of a stage's finished model."""
+    found: str = json.loads((run / stage / "model" / "manifest.json").read_text())["fingerprint"]
+    return found
+
+
+def losses(run: Path, stage: str) -> dict[int, str]:
+    """Return the loss of each step, as a hexadecimal number."""
+    lines = (run / stage / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return {row["step"]: float(row["loss"]).hex() for row in rows if "event" not in row}
+
+
+def without(run: Path, stage: str) -> None:
+    """Take back a stage and those after it."""
+    for later in STAGES[STAGES.index(stage) :]:
+        shutil.rmtree(run / later)

@@ -13,7 +13,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.pipeline.miniature import STAGES, sevenfold, write_gates, write_recipe
+from tests.pipeline.miniature import (
+    STAGES,
+    fingerprint,
+    losses,
+    sevenfold,
+    without,
+    write_gates,
+    write_recipe,
+)
 
 from sevenfold.verify.integrity import IN_RUN, IN_STAGE, NOT_COVERED, NOT_MISSED, examine
 from sevenfold.workflow import cli
@@ -36,23 +44,6 @@ def copy(unbroken: Path, tmp_path: Path) -> Path:
     """A copy of the whole run, to be spoilt."""
     shutil.copytree(unbroken, tmp_path / "copy")
     return tmp_path / "copy" / "run"
-
-
-def fingerprint(run: Path, stage: str) -> str:
-    found: str = json.loads((run / stage / "model" / "manifest.json").read_text())["fingerprint"]
-    return found
-
-
-def losses(run: Path, stage: str) -> dict[int, str]:
-    lines = (run / stage / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return {row["step"]: float(row["loss"]).hex() for row in rows if "event" not in row}
-
-
-def without(run: Path, stage: str) -> None:
-    """Take back a stage and those after it."""
-    for later in STAGES[STAGES.index(stage) :]:
-        shutil.rmtree(run / later)
 
 
 def test_the_whole_run_leaves_what_is_promised(unbroken: Path) -> None:
