@@ -347,9 +347,7 @@ def test_a_checkpoint_holds_the_weights_of_its_step_though_training_goes_on(
 
     def held_up(snapshot: checkpoint.Snapshot) -> None:
         expected[snapshot.step] = checkpoint.digest(snapshot.model, snapshot.optimizer)
-        memory = made.checkpoints._memory
-        memory._stream = memory._stream or torch.cuda.Stream()
-        with torch.cuda.stream(memory._stream):
+        with torch.cuda.stream(made.checkpoints._memory.make_stream()):
             torch.cuda._sleep(2_000_000_000)
         save(snapshot)
 

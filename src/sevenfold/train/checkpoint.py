@@ -92,7 +92,8 @@ class Checkpoints:
     def reserve(self, parts: Parts) -> None:
         """Page-lock main memory for copies of these GPU tensors while training goes on.
 
-        It took a second a GiB on an H100's host; the first checkpoint would wait for it.
+        It took a second a GiB on an H100's host; the first checkpoint would wait for it. The stream
+        that they are copied on is made at once: on a GPU that is full by then, none can be made.
         """
         shapes = {
             f"{part}/{name}": (tensor.shape, tensor.dtype)
@@ -102,6 +103,7 @@ class Checkpoints:
         }
         if shapes:
             self.finish()
+            self._memory.make_stream()
             self._writing = self._writer.submit(self._memory.reserve, shapes)
 
     def save(self, snapshot: Snapshot) -> None:
@@ -253,6 +255,11 @@ class _MainMemory:
         self._under_way = threading.Event()
         self._under_way.set()
 
+    def make_stream(self) -> torch.cuda.Stream:
+        """Make the stream that copies are made on, if there is none."""
+        self._stream = self._stream or torch.cuda.Stream()
+        return self._stream
+
     def begin(self, parts: Parts) -> Parts:
         """Copy what is in main memory; of GPU tensors, note from when on they may be copied."""
         if any(tensor.is_cuda for tensors in parts.values() for tensor in tensors.values()):
@@ -278,15 +285,15 @@ class _MainMemory:
     def _copy(self, parts: Parts) -> Parts:
         device = next(t.device for tensors in parts.values() for t in tensors.values() if t.is_cuda)
         with torch.cuda.device(device):
-            self._stream = self._stream or torch.cuda.Stream()
-            with torch.cuda.stream(self._stream):
+            stream = self.make_stream()
+            with torch.cuda.stream(stream):
                 assert self._ready is not None
-                self._stream.wait_event(self._ready)
+                stream.wait_event(self._ready)
                 copies = {
                     part: {n: self._to_host(f"{part}/{n}", t) for n, t in tensors.items()}
                     for part, tensors in parts.items()
                 }
-                self._copied = self._stream.record_event()
+                self._copied = stream.record_event()
         return copies
 
     def _to_host(self, key: str, tensor: Tensor) -> Tensor:
