@@ -100,8 +100,9 @@ def convert_to_float8(model: nn.Module, *, emulate: bool = False) -> nn.Module:
         parent_name, _, own = name.rpartition(".")
         parent, linear = model.get_submodule(parent_name), model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        group = next((min(names) for names in SAME_INPUT if own in names), own)
-        scaling = shared.setdefault((parent_name, group), Scaling(E4M3, linear.weight.device))
+        scaling = shared.setdefault(
+            (parent_name, input_name(own)), Scaling(E4M3, linear.weight.device)
+        )
         linears.append(Float8Linear(linear, scaling, emulate=emulate))
         setattr(parent, own, linears[-1])
     # Compiled layers are cached as what they were traced to, in which no Python function is left.
@@ -145,6 +146,11 @@ def _chosen(model: nn.Module) -> set[str]:
             "intermediate_size, or use --no-fp8"
         )
     return chosen
+
+
+def input_name(own: str) -> str:
+    """Return a name that is the same for modules of one parent that get the same input."""
+    return next((min(names) for names in SAME_INPUT if own in names), own)
 
 
 def float8_names(model: nn.Module) -> set[str]:

@@ -12,7 +12,7 @@ its tensor, so that a compiler can fuse the cast with whatever computes the valu
 
 Infinities become NaN, so that no cast hides them.
 
-Shapes: n tokens, i inputs, o outputs.
+Shapes: n tokens, i inputs, o outputs, r an adapter's rank.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sevenfold.model.accumulating import add_product
 from sevenfold.model.transposing import transpose
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -123,7 +124,10 @@ class Scaling(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """``input @ weight.T`` and its gradients, of FP8 tensors; the input is kept in FP8."""
+    """``input @ weight.T`` and its gradients, of FP8 tensors; the input is kept in FP8.
+
+    What an adapter adds, ``inner @ up.T``, is added in place.
+    """
 
     @staticmethod
     def forward(
@@ -138,6 +142,8 @@ class _Product(torch.autograd.Function):
         gradient_scale: Tensor,
         gradient_inverse: Tensor,
         gradient_amax: Tensor,
+        inner_nr: Tensor | None,
+        up_or: Tensor | None,
         dtype: torch.dtype,
         emulate: bool,
     ) -> Tensor:
@@ -151,11 +157,16 @@ class _Product(torch.autograd.Function):
             gradient_scale,
             gradient_inverse,
             gradient_amax,
+            inner_nr,
+            up_or,
         )
         ctx.dtypes = input_ni.dtype, weight_oi.dtype
         ctx.emulate = emulate
         inverses = input_inverse, weight_inverse
-        return multiply(input8_ni, weight8_oi, inverses, dtype, emulate=emulate, fast=True)
+        output_no = multiply(input8_ni, weight8_oi, inverses, dtype, emulate=emulate, fast=True)
+        if inner_nr is not None and up_or is not None:
+            add_product(output_no, inner_nr.t(), up_or.t())
+        return output_no
 
     @staticmethod
     def backward(ctx: Any, gradient_no: Tensor) -> Any:
@@ -168,11 +179,13 @@ class _Product(torch.autograd.Function):
             gradient_scale,
             gradient_inverse,
             gradient_amax,
+            inner_nr,
+            up_or,
         ) = ctx.saved_tensors
         input_dtype, weight_dtype = ctx.dtypes
         gradient_amax.copy_(torch.maximum(gradient_amax, largest(gradient_no)))
         gradient8_no = written(cast(gradient_no, gradient_scale, E5M2).contiguous())
-        gradients: list[Tensor | None] = [None] * 12
+        gradients: list[Tensor | None] = [None] * 14
         if ctx.needs_input_grad[0]:
             gradients[0] = multiply(
                 gradient8_no,
@@ -189,6 +202,9 @@ class _Product(torch.autograd.Function):
                 weight_dtype,
                 emulate=ctx.emulate,
             )
+        if inner_nr is not None:
+            gradients[10] = gradient_no @ up_or
+            gradients[11] = gradient_no.t() @ inner_nr
         return tuple(gradients)
 
 
@@ -217,8 +233,13 @@ class Float8Linear(nn.Linear):
         one = torch.ones((), dtype=torch.float32, device=device)
         self.register_buffer("weight_inverse", one, persistent=False)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Multiply; with gradients by delayed scaling, without by the input's own scale."""
+    def forward(
+        self, input: Tensor, inner_nr: Tensor | None = None, up_or: Tensor | None = None
+    ) -> Tensor:
+        """Multiply; with gradients by delayed scaling, without by the input's own scale.
+
+        An adapter's ``inner_nr @ up_or.T`` is added where it is given, not in FP8.
+        """
         input_ni = input.reshape(-1, self.in_features)
         if torch.is_grad_enabled():
             scale, inverse = self.input_scaling.scale, self.input_scaling.inverse
@@ -238,6 +259,8 @@ class Float8Linear(nn.Linear):
             self.gradient_scaling.scale,
             self.gradient_scaling.inverse,
             self.gradient_scaling.amax,
+            inner_nr,
+            up_or,
             torch.get_autocast_dtype(kind) if autocast else input.dtype,
             self.emulate,
         )

@@ -18,6 +18,8 @@ from torch.nn import functional
 
 from sevenfold.base import storage
 from sevenfold.base.errors import CheckpointError, UsageError, nearest
+from sevenfold.model import adapting
+from sevenfold.model.adapting import ADAPTER
 from sevenfold.model.config import LoRAAdapterConfig
 from sevenfold.model.llama import unwrap_compiled_model
 
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ADAPTER = "default"
 ALL_LINEAR = "all-linear"
 WEIGHTS = "adapter_model.safetensors"
 
@@ -55,6 +56,8 @@ def add_adapter(model: PreTrainedModel, config: LoRAAdapterConfig) -> PeftModel:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
+    if not config.use_dora and not config.dropout:
+        settings._register_custom_module({nn.Linear: adapting.make_linear})
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5.23 for a property that was renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
@@ -64,6 +67,7 @@ def add_adapter(model: PreTrainedModel, config: LoRAAdapterConfig) -> PeftModel:
         if isinstance(module, LoraLayer) and not config.use_dora:
             module.cast_input_dtype_enabled = False
             module.lora_variant[ADAPTER] = variant
+    adapting.share_inputs(adapted)
     return adapted
 
 

@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from sevenfold.base import storage
 from sevenfold.base.config import build
 from sevenfold.base.errors import CheckpointError, UsageError
+from sevenfold.model import adapting
 from sevenfold.model.config import InitConfig, LoRAAdapterConfig, ModelConfig
 from sevenfold.model.float8 import convert_to_float8
 from sevenfold.model.llama import initialize, save_model
@@ -97,9 +98,10 @@ def test_in_a_compiled_layer_frozen_weights_cost_no_gradient(
 ) -> None:
     """One graph each way; adapters compute in bf16, and no product is for a frozen weight.
 
-    All layers share it but the first, whose input has no gradient. Of seven linear layers forward:
-    one product of the base and two of the adapter; backward: one of the base, to the input, and
-    four of the adapter. Back end: none, as it would take long.
+    All layers share it but the first, whose input has no gradient. Forward: a product of the base
+    for each of seven linear layers, one of adapters for each of four inputs, and seven that add.
+    Backward: one of the base, to the input, and two of the adapter for each layer, two for each
+    input. Back end: none, as it would take long.
     """
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
@@ -128,7 +130,18 @@ def test_in_a_compiled_layer_frozen_weights_cost_no_gradient(
     # The emulation of FP8 multiplies in fp64.
     base = torch.float64 if precision == "fp8" else torch.bfloat16
     found = [(kind.count(base), kind.count(torch.bfloat16), len(kind)) for kind in kinds]
-    assert found == ([(7, 14, 21), (7, 28, 35)] if precision == "fp8" else [(21,) * 3, (35,) * 3])
+    assert found == ([(7, 4, 11), (7, 22, 29)] if precision == "fp8" else [(11,) * 3, (29,) * 3])
+    # What a product writes is added to another's by whatever reads both, without a copy.
+    assert not any(
+        _is_product(arg)
+        for graph in graphs
+        for node in graph.graph.nodes
+        if node.target is torch.ops.aten.add.Tensor
+        for arg in node.args
+        if isinstance(arg, torch.fx.Node)
+    )
+    adding = [node for node in graphs[1].graph.nodes if "auto_functionalized" in str(node.target)]
+    assert [node.args[0] for node in adding] == [torch.ops.sevenfold.add_product.default] * 7
     assert all(p.grad is None for n, p in adapted.named_parameters() if "lora_" not in n)
     assert all(p.grad.dtype == torch.float32 for n, p in adapted.named_parameters() if "lora_" in n)
 
@@ -137,11 +150,88 @@ def _is_product(node: torch.fx.Node) -> bool:
     return node.target is torch.ops.aten.mm.default
 
 
-def test_a_bf16_layer_and_its_adapter_say_what_peft_says_to_rounding(
-    tiny: ModelConfig, init: InitConfig
+def learnt(adapted: Any, compute: torch.dtype) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return logits and gradients, with the adapter in another precision than its layers."""
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(compute)
+    found = adapted(input_ids=IDS_BT).logits
+    found.square().sum().backward()
+    return found.detach(), {n: p.grad for n, p in adapted.named_parameters() if "lora_" in n}
+
+
+# In fp64 to the rounding of an fp32 gradient; FP8 rounds to 8 bits what differs in the 24th.
+@pytest.mark.parametrize(
+    ("kind", "weights", "adapter", "tolerance"),
+    [
+        ("lora", torch.float32, torch.float32, 0.0),
+        ("lora", torch.float64, torch.float32, 1e-6),
+        ("rslora", torch.float64, torch.float32, 1e-6),
+        ("fp8", torch.float32, torch.float64, 1e-3),
+    ],
+)
+def test_inputs_read_once_give_what_layer_by_layer_gives(
+    tiny: ModelConfig,
+    init: InitConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    weights: torch.dtype,
+    adapter: torch.dtype,
+    tolerance: float,
 ) -> None:
+    found = []
+    for together in (True, False):
+        if not together:
+            monkeypatch.setattr(adapting, "make_linear", lambda *_, **__: None)
+        torch.manual_seed(0)
+        base = initialize(tiny, init, 0).to(weights)
+        with_bias = base.model.layers[0].mlp.up_proj
+        with_bias.bias = torch.nn.Parameter(torch.rand_like(with_bias.weight[:, 0]))
+        if kind == "fp8":
+            convert_to_float8(base, emulate=True)
+        adapted = trained(add_adapter(base, KINDS.get(kind, CONFIG)))
+        shared = [m for m in adapted.modules() if hasattr(m, "shared_input")]
+        assert len(shared) == (14 if together else 0)
+        found.append(learnt(adapted, adapter))
+    (ours, our_gradients), (theirs, gradients) = found
+    assert (ours - theirs).norm() <= tolerance * theirs.norm()
+    assert our_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert (our_gradients[name] - gradient).norm() <= tolerance * gradient.norm(), name
+
+
+def test_layers_that_are_given_different_inputs_are_not_mixed_up(base: Any) -> None:
+    attention = add_adapter(base.double(), CONFIG).get_decoder().layers[0].self_attn
+    trained(attention)
+    for module in attention.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_A.float()
+            module.lora_B.float()
+    one, other = torch.randn(2, 3, base.config.hidden_size, dtype=torch.float64)
+    key = attention.k_proj
+    change = key.lora_B["default"].weight @ key.lora_A["default"].weight * 2
+    for values in (one, other, one, one):
+        attention.q_proj(one)
+        expected = values @ (key.base_layer.weight + change).t()
+        assert torch.allclose(key(values), expected)
+
+
+@pytest.mark.parametrize(
+    "change", [{"dropout": 0.1}, {"use_dora": True}, {"dropout": 0.1, "use_rslora": True}]
+)
+def test_dropout_and_dora_are_peft_s_own(base: Any, change: dict[str, Any]) -> None:
+    adapted = add_adapter(base, dataclasses.replace(CONFIG, **change))
+    assert not any(hasattr(module, "shared_input") for module in adapted.modules())
+
+
+def test_a_bf16_layer_and_its_adapter_say_what_peft_says_to_rounding(
+    tiny: ModelConfig, init: InitConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    ours = logits(trained(add_adapter(initialize(tiny, init, 0, torch.bfloat16), CONFIG))).float()
+    monkeypatch.setattr(adapting, "make_linear", lambda *_, **__: None)
+    torch.manual_seed(0)
     adapted = trained(add_adapter(initialize(tiny, init, 0, torch.bfloat16), CONFIG))
-    ours = logits(adapted).float()
     for module in adapted.modules():
         if isinstance(module, LoraLayer):
             del module.lora_variant["default"]

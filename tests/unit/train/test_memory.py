@@ -140,7 +140,7 @@ def kept_bytes_per_token(
     # Of a token's own: not weights, nor the cosines and sines that all layers share; views once.
     shared = (ROWS, LENGTH, MODEL.head_width)
     own = {
-        value.untyped_storage().data_ptr(): value.numel() * value.element_size()
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
         for value in given[0]
         if isinstance(value, Tensor)
         and tuple(value.shape) != shared
