@@ -1,7 +1,7 @@
 """Where the time of the 7B's layers goes: forward and backward, with gradients added up.
 
     PYTHONPATH=src python bench/fp8_layers.py [bf16_plain] [bf16] [fp8] [fp8_torchao]
-                                              [--micro-batch 4] [--cheap] [--keep]
+                                              [--micro-batch 4] [--cheap] [--keep] [--lora]
 
 One JSON line a precision: milliseconds a layer and micro-batch, seconds to compile, memory, and the
 kernels that take longest, in microseconds a layer. Needs a GPU; fp8 needs Hopper.
@@ -20,12 +20,13 @@ import torch
 from torch._functorch import config as functorch
 
 from sevenfold.base.console import print_raw
-from sevenfold.model import accumulating, attention, float8
-from sevenfold.model.config import read_model_file
+from sevenfold.model import accumulating, attention, float8, lora
+from sevenfold.model.config import LoRAAdapterConfig, read_model_file
 from sevenfold.workflow import workbench
 
 MODEL = read_model_file(Path(__file__).parents[1] / "configs" / "model_7b.py")
 LAYERS, LENGTH, REPEATS, SHOWN = 4, 2048, 10, 28
+ADAPTER = LoRAAdapterConfig(r=16, alpha=32.0, dropout=0.0, targets="all-linear")
 CONVERT = {
     "bf16_plain": lambda model: model,
     "bf16": accumulating.accumulate_in_products,
@@ -34,8 +35,8 @@ CONVERT = {
 }
 
 
-def build(precision: str, *, keep: bool) -> Any:
-    """Return a few layers of the 7B, compiled as training compiles them."""
+def build(precision: str, *, keep: bool, adapted: bool) -> Any:
+    """Return a few layers of the 7B, compiled as training compiles them, frozen if ``adapted``."""
     from transformers import LlamaForCausalLM
 
     torch.compiler.reset()
@@ -47,16 +48,18 @@ def build(precision: str, *, keep: bool) -> Any:
             config.to_hf(), attn_implementation=attention.IMPLEMENTATION
         )
     torch.set_default_dtype(torch.float32)
-    CONVERT[precision](model)
-    functorch.ban_recompute_materialized_backward = precision != "fp8" or keep
+    CONVERT["bf16_plain" if adapted and precision == "bf16" else precision](model)
+    if adapted:
+        lora.add_adapter(model, ADAPTER)
+    functorch.ban_recompute_materialized_backward = precision != "fp8" or keep or adapted
     for layer in model.model.layers:
         layer.compile(dynamic=False)
     return model
 
 
-def measure(precision: str, micro_batch: int, *, keep: bool) -> dict[str, Any]:
+def measure(precision: str, micro_batch: int, *, keep: bool, adapted: bool) -> dict[str, Any]:
     """Time a precision and name its longest kernels."""
-    model = build(precision, keep=keep)
+    model = build(precision, keep=keep, adapted=adapted)
     ids_bt = torch.randint(0, 1024, (micro_batch, LENGTH), device="cuda")
 
     def step(*, first: bool = False) -> None:
@@ -88,6 +91,7 @@ def measure(precision: str, micro_batch: int, *, keep: bool) -> dict[str, Any]:
     per_layer = 3 * LAYERS
     return {
         "precision": precision,
+        "adapted": adapted,
         "micro_batch": micro_batch,
         "layer_ms": round(milliseconds, 3),
         "compile_s": round(compiled_s, 1),
@@ -106,12 +110,14 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--cheap", action="store_true", help="recompute what costs little")
     parser.add_argument("--keep", action="store_true", help="keep transposed inputs in FP8")
+    parser.add_argument("--lora", action="store_true", help="adapters of rank 16, all else frozen")
     options = parser.parse_args()
     functorch.activation_memory_budget = workbench.CHEAP if options.cheap else 1.0
     attention.register_attention()
     attention.prefer_fast_kernels(torch.cuda.get_device_capability(), deterministic=False)
     for precision in options.precision:
-        print_raw(json.dumps(measure(precision, options.micro_batch, keep=options.keep)) + "\n")
+        asked = {"keep": options.keep, "adapted": options.lora}
+        print_raw(json.dumps(measure(precision, options.micro_batch, **asked)) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from sevenfold.data.packing import PackedPreferences, Preference
-from sevenfold.model import accumulating, float8, float8_linear
+from sevenfold.model import accumulating, adapting, float8, float8_linear
 from sevenfold.model.attention import IMPLEMENTATION, register_attention
-from sevenfold.model.config import InitConfig, ModelConfig
+from sevenfold.model.config import InitConfig, LoRAAdapterConfig, ModelConfig
 from sevenfold.model.float8 import convert_to_float8, why_not_float8
 from sevenfold.model.llama import initialize
+from sevenfold.model.lora import add_adapter
 from sevenfold.model.transposing import transpose
 from sevenfold.objective import linear_cross_entropy
 from sevenfold.objective.next_token import Scorer
@@ -108,6 +109,41 @@ def test_fp8_products_on_the_gpu_are_those_of_the_emulation() -> None:
         for name, gradient in found[0][0].items():
             assert (other[0][name] - gradient).norm() < 0.2 * gradient.norm(), name
         assert torch.allclose(other[1], found[0][1], rtol=0.2)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.05), ("fp8", 0.2)])
+def test_compiled_adapters_that_share_inputs_learn_as_those_that_do_not(
+    precision: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if precision == "fp8" and (reason := why_not_float8()):
+        pytest.skip(reason)
+    shape = LoRAAdapterConfig(r=16, alpha=32.0, dropout=0.0, targets="all-linear")
+    ids_bt = torch.arange(512, device="cuda").view(2, 256) % 1024
+    found = []
+    for together in (True, False):
+        if not together:
+            monkeypatch.setattr(adapting, "make_linear", lambda *_, **__: None)
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        model = initialize(CONFIG, INIT, 3, torch.bfloat16, "cuda")
+        if precision == "fp8":
+            convert_to_float8(model)
+        adapted = add_adapter(model, shape)
+        for layer in model.model.layers:
+            layer.compile(fullgraph=True, dynamic=False)
+        trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
+        torch.manual_seed(1)
+        for name, parameter in trained.items():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
+        for _ in range(float8.ROUNDS + 1):
+            model.zero_grad()
+            float8.begin_step(model)
+            adapted(input_ids=ids_bt, labels=ids_bt, use_cache=False).loss.backward()
+            float8.end_step(model)
+        found.append({name: parameter.grad for name, parameter in trained.items()})
+    for name, gradient in found[1].items():
+        assert (found[0][name] - gradient).norm() < tolerance * gradient.norm(), name
 
 
 @pytest.mark.parametrize("fast", [False, True])
