@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch
 from torch.nn import functional
 
-from sevenfold.model.accumulating import add_product
 from sevenfold.model.float8 import input_name
 from sevenfold.model.float8_linear import Float8Linear
+from sevenfold.model.low_rank import add_low_rank
 
 ADAPTER = "default"
 
@@ -37,7 +37,7 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight_oi, inner_nr, up_or)
         output_no = functional.linear(input_ni, weight_oi)
-        add_product(output_no, inner_nr.t(), up_or.t())
+        add_low_rank(output_no, inner_nr, up_or)
         return output_no
 
     @staticmethod

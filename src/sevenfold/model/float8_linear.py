@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sevenfold.model.accumulating import add_product
+from sevenfold.model.low_rank import add_low_rank
 from sevenfold.model.transposing import transpose
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -165,7 +165,7 @@ class _Product(torch.autograd.Function):
         inverses = input_inverse, weight_inverse
         output_no = multiply(input8_ni, weight8_oi, inverses, dtype, emulate=emulate, fast=True)
         if inner_nr is not None and up_or is not None:
-            add_product(output_no, inner_nr.t(), up_or.t())
+            add_low_rank(output_no, inner_nr, up_or)
         return output_no
 
     @staticmethod

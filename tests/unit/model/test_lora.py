@@ -141,7 +141,7 @@ def test_in_a_compiled_layer_frozen_weights_cost_no_gradient(
         if isinstance(arg, torch.fx.Node)
     )
     adding = [node for node in graphs[1].graph.nodes if "auto_functionalized" in str(node.target)]
-    assert [node.args[0] for node in adding] == [torch.ops.sevenfold.add_product.default] * 7
+    assert [node.args[0] for node in adding] == [torch.ops.sevenfold.add_low_rank.default] * 7
     assert all(p.grad is None for n, p in adapted.named_parameters() if "lora_" not in n)
     assert all(p.grad.dtype == torch.float32 for n, p in adapted.named_parameters() if "lora_" in n)
 

@@ -1,4 +1,4 @@
-"""What the kernels of the optimizer's phase are held to: the functions that run on CPUs.
+"""What kernels of our own are held to: the functions that run on CPUs.
 
 By Triton's interpreter where there is no GPU: ``TRITON_INTERPRET=1 python update_kernels.py``.
 """
@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from sevenfold.model import many_tensors
+from sevenfold.model import low_rank, many_tensors
 from sevenfold.model.float8_linear import E4M3
 from sevenfold.train import adamw_8bit
 from sevenfold.train.adamw_8bit import BLOCK, MOMENTS, _codes_of
@@ -130,6 +130,20 @@ def check_norms_and_casts(device: str) -> None:
         assert torch.equal(target.cpu().float(), (value * scale).to(E4M3).float())
 
 
+def check_low_rank(device: str) -> None:
+    """Sides that are no multiples of a tile; what is added is a slice of something wider."""
+    # Triton's interpreter multiplies the bits of bf16 as if they were whole numbers.
+    kind = torch.float16 if device == "cpu" else torch.bfloat16
+    for rows, columns, rank in ((130, 300, 16), (64, 128, 24), (5, 40, 4)):
+        total, up = drawn(rows, columns).to(kind), drawn(columns, rank, seed=1).to(kind)
+        inner = drawn(rows, 3 * rank, seed=2).to(kind)[:, rank : 2 * rank]
+        exact = total.double() + inner.double() @ up.double().t()
+        placed = total.to(device, copy=True)
+        low_rank.add_in_one_launch(placed, inner.to(device), up.to(device))
+        off = (placed.cpu().double() - exact).abs().max()
+        assert float(off) <= 2**-8 * float(exact.abs().max())
+
+
 def check(device: str) -> None:
     """Compare everything."""
     for dtype in (torch.bfloat16, torch.float32):
@@ -137,6 +151,7 @@ def check(device: str) -> None:
         check_vectors(device, length=1500, dtype=dtype)
     check_every_edge(device)
     check_norms_and_casts(device)
+    check_low_rank(device)
 
 
 if __name__ == "__main__":
