@@ -9,14 +9,15 @@ on one GPU, preset small and a cut of the 7B (two layers, else its shape):
 
     autocast     fp32 weights, AdamW, products in bf16: the reference
     bf16         bf16 weights with stochastic rounding, 8-bit AdamW
-    bf16_again   the same with other random numbers and another micro-batch: how far two runs of
-                 one recipe drift apart (small only)
     fp8          as bf16, products in FP8 (ours)
     fp8_torchao  the same with torchao's tensorwise recipe; only with --variant fp8_torchao
     fp32         as autocast, products in fp32 (TF32 on a GPU); only with --variant fp32
 
-through `loop.fit`, with the recipe's schedule over the steps below, and prints per variant the
-held-out loss at the end and how far its training curve (means of SMOOTHED steps) is from another's.
+through `loop.fit`, with the recipe's schedule over the steps below, each as often as SEEDS (or
+--seeds) says, with other random numbers (those of stochastic rounding) each time: runs of one
+recipe drift apart, and a difference means something where it is larger than that. It prints per
+variant the held-out loss at the end and its spread over the runs, and how far the mean of its
+training curves (means of SMOOTHED steps) is from another's.
 --set goes to every variant. A variant that is stopped leaves its curve as far as it came; ``show``
 says so and does not judge what is compared with it.
 --rehearse is for a CPU: a tiny model, six steps, FP8 emulated; rows from ``prepare --rehearse``.
@@ -42,9 +43,11 @@ import numpy as np
 from sevenfold.base import storage
 from sevenfold.base.console import print_raw, print_table
 
+Run = list[dict[str, Any]]
 SMOOTHED = 20
 WRITE_EVERY_S = 15
 STEPS = {"small": 180, "7b": 200}
+SEEDS = {"small": 3, "7b": 1}
 # All variants compile at the same time.
 COMPILE_THREADS = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
 COMMON = [
@@ -75,19 +78,17 @@ BITS8 = ["pretrain.weights=bf16", "pretrain.optimizer.kind=adamw_8bit"]
 VARIANTS = {
     "autocast": [*FP32, "pretrain.precision=bf16"],
     "bf16": [*BITS8, "pretrain.precision=bf16"],
-    "bf16_again": [*BITS8, "pretrain.precision=bf16"],
     "fp8": [*BITS8, "pretrain.precision=fp8"],
     "fp8_torchao": [*BITS8, "pretrain.precision=fp8_torchao"],
     "fp32": [*FP32, "pretrain.precision=fp32"],
 }
-TRAINED = {"small": ("autocast", "bf16", "bf16_again", "fp8"), "7b": ("autocast", "bf16", "fp8")}
+TRAINED = ("autocast", "bf16", "fp8")
 # Which curve is compared with which, and how many per cent apart they may be: the loss held out at
 # the end, and (None: not asked) the smoothed training loss at its worst.
 COMPARED = (
     ("autocast", "fp32", None, None),
     ("bf16", "fp32", 0.5, None),
     ("bf16", "autocast", 0.5, None),
-    ("bf16_again", "bf16", None, None),
     ("fp8", "bf16", 1.0, 1.0),
     ("fp8", "autocast", None, None),
     ("fp8_torchao", "bf16", None, None),
@@ -123,8 +124,8 @@ def unigram_nats(packed: Path) -> float:
     return float(-(counts["validation"] * likelihood).sum() / counts["validation"].sum())
 
 
-def train_variant(options: argparse.Namespace, model_name: str, variant: str) -> None:
-    """Train one variant and print a line of JSON for each step, and one at the end."""
+def train_variant(options: argparse.Namespace, model_name: str, variant: str, number: int) -> None:
+    """Train one variant, for the time ``number``; print a line of JSON a step, and at the end."""
     import torch
 
     from sevenfold.train import loop, memory, planner
@@ -136,13 +137,11 @@ def train_variant(options: argparse.Namespace, model_name: str, variant: str) ->
     steps = 6 if options.rehearse else options.steps or STEPS[model_name]
     changes += [f"pretrain.duration={{steps: {steps}}}", *VARIANTS[variant], *options.set]
     recipe = recipes.resolve(model_name, None, changes, Path("runs/loss-parity-unused"))[1]
-    config, again = recipe.pretrain, variant == "bf16_again"
-    if again:
-        config = dataclasses.replace(config, micro_batch=max(1, config.rows_at_once // 2))
+    config = recipe.pretrain
     emulated = options.rehearse and config.precision == "fp8" and not torch.cuda.is_available()
     if emulated:
         config = dataclasses.replace(config, precision="bf16")
-    tried = build(recipe, training.decide(config), emulated=emulated, seed=recipe.seed + again)
+    tried = build(recipe, training.decide(config), emulated=emulated, seed=recipe.seed + number)
     bench = put_on_bench(tried, options.rows, steps, Printed(), whole=not options.rehearse)
     count = bench.validation[0].num_rows
     print_line({"event": "built", "seconds": time.perf_counter() - started, "held_out_rows": count})
@@ -249,16 +248,23 @@ def print_line(row: dict[str, Any]) -> None:
 def train(options: argparse.Namespace) -> bool:
     """Train all variants at the same time, write what they say, and show it; True if all ended."""
     models = options.model or list(MODELS)
-    asked = [(m, v) for m in models for v in options.variant or TRAINED[m]]
-    curves: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(dict)
+    asked = [
+        (model_name, variant, number)
+        for model_name in models
+        for variant in options.variant or TRAINED
+        for number in range(options.seeds or SEEDS[model_name])
+    ]
+    curves: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     unigram = unigram_nats(options.rows)
     with ThreadPoolExecutor(len(asked)) as pool:
         running: dict[Future[int], str] = {}
-        for model_name, variant in asked:
-            rows = curves[model_name][variant] = []
+        for model_name, variant, number in asked:
+            rows: Run = []
+            curves[model_name][variant].append(rows)
             command = [sys.executable, __file__, *sys.argv[1:]]
-            command += ["--only", model_name, variant]
-            running[pool.submit(follow, command, f"{model_name} {variant}", rows)] = variant
+            command += ["--only", model_name, variant, str(number)]
+            name = f"{model_name} {variant} {number}"
+            running[pool.submit(follow, command, name, rows)] = variant
         waiting = set(running)
         while waiting:
             waiting = wait(waiting, timeout=WRITE_EVERY_S).not_done
@@ -283,16 +289,21 @@ def follow(command: list[str], name: str, rows: list[dict[str, Any]]) -> int:
     return process.returncode
 
 
-def smoothed(rows: list[dict[str, Any]]) -> np.ndarray:
-    """Return the mean training loss of every SMOOTHED steps in a row."""
-    losses = np.array([row["loss"] for row in rows if "loss" in row])
-    width = min(SMOOTHED, max(1, len(losses)))
-    return np.convolve(losses, np.full(width, 1 / width), mode="valid") if len(losses) else losses
+def smoothed(runs: list[Run]) -> np.ndarray:
+    """Return the mean training loss of every SMOOTHED steps in a row, and of all runs."""
+    all_losses = [[row["loss"] for row in rows if "loss" in row] for rows in runs]
+    count = min(map(len, all_losses))
+    width = min(SMOOTHED, max(1, count))
+    losses = np.array([losses[:count] for losses in all_losses]).mean(0)
+    return np.convolve(losses, np.full(width, 1 / width), mode="valid") if count else losses
 
 
-def held_out(rows: list[dict[str, Any]]) -> dict[int, float]:
-    """Return the held-out loss by step."""
-    return {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
+def held_out(runs: list[Run]) -> dict[int, list[float]]:
+    """Return the held-out losses of all runs by step, where all have one."""
+    found: dict[int, list[float]] = defaultdict(list)
+    for row in (row for rows in runs for row in rows if "validation_loss" in row):
+        found[row["step"]].append(row["validation_loss"])
+    return {step: losses for step, losses in sorted(found.items()) if len(losses) == len(runs)}
 
 
 def show(path: Path) -> None:
@@ -300,15 +311,20 @@ def show(path: Path) -> None:
     found = storage.read_json(path)
     for model_name, curves in found["curves"].items():
         table = []
-        for variant, rows in curves.items():
-            losses, done = held_out(rows), next((r for r in rows if r.get("event") == "done"), {})
+        for variant, runs in curves.items():
+            losses = held_out(runs)
             last = max(losses, default=0)
+            ends = losses.get(last) or [float("nan")]
+            done = [next((r for r in rows if r.get("event") == "done"), {}) for rows in runs]
+            spread = 100 * (max(ends) / min(ends) - 1)
             table.append(
-                [variant, last, losses.get(last), *(done.get(k) for k in DONE), _rate(rows)]
+                [variant, len(runs), last, f"{np.mean(ends):.3f}", f"{spread:.2f}"]
+                + [max((d[k] for d in done if k in d), default=None) for k in DONE]
+                + [_rate(runs)]
             )
         title = f"{model_name}; a unigram model's held-out loss is {found['unigram_nats']:.3f}"
-        columns = ["variant", "step", "held-out loss", *DONE, "median tok/s, sharing the GPU"]
-        print_table(title, columns, table)
+        columns = ["variant", "runs", "step", "held-out loss", "spread, %", *DONE]
+        print_table(title, [*columns, "median tok/s, sharing the GPU"], table)
         compared = [_compared(curves, *asked) for asked in COMPARED if {*asked[:2]} <= {*curves}]
         columns = ["compared", "held-out at the end", "training, largest", "training, mean"]
         title = f"{model_name}: differences in per cent; training curves as means of {SMOOTHED}"
@@ -318,41 +334,43 @@ def show(path: Path) -> None:
 DONE = ("seconds", "seconds_in_steps", "steps_skipped", "peak_gib", "planned_gib")
 
 
-def _rate(rows: list[dict[str, Any]]) -> float | None:
-    rates = [row["tok_s"] for row in rows if "tok_s" in row]
+def _rate(runs: list[Run]) -> float | None:
+    rates = [row["tok_s"] for rows in runs for row in rows if "tok_s" in row]
     return float(np.median(rates)) if rates else None
 
 
 def _compared(
-    curves: dict[str, list[dict[str, Any]]],
+    curves: dict[str, list[Run]],
     name: str,
     other: str,
     end: float | None,
     worst: float | None,
 ) -> list[Any]:
-    """Return a row of the table: differences of one curve from another, in per cent of that."""
+    """Return a row of the table: differences of one mean curve from another, in % of that."""
     ours, theirs = smoothed(curves[name]), smoothed(curves[other])
     common = min(len(ours), len(theirs))
     off = 100 * (ours[:common] / theirs[:common] - 1)
     losses, others = held_out(curves[name]), held_out(curves[other])
-    at = {step: 100 * (losses[step] / others[step] - 1) for step in sorted({*losses} & {*others})}
+    steps = sorted({*losses} & {*others})
+    at = [100 * (np.mean(losses[step]) / np.mean(others[step]) - 1) for step in steps]
     if not common or not at:
         return [f"{name} against {other}", *[None] * 4, "not trained far enough"]
-    last, largest = list(at.values())[-1], float(abs(off).max())
+    largest = float(abs(off).max())
     asked = _stopped(curves, name, other)
     if end is not None and not asked:
-        met = abs(last) <= end and (worst is None or largest <= worst)
+        met = abs(at[-1]) <= end and (worst is None or largest <= worst)
         asked = f"within {end} %: {'yes' if met else 'no'}"
-    text = [f"{last:+.3f}", f"{largest:.3f}", f"{abs(off).mean():.3f}"]
-    return [f"{name} against {other}", *text, f"{max(map(abs, at.values())):.3f}", asked]
+    text = [f"{at[-1]:+.3f}", f"{largest:.3f}", f"{abs(off).mean():.3f}"]
+    return [f"{name} against {other}", *text, f"{max(map(abs, at)):.3f}", asked]
 
 
-def _stopped(curves: dict[str, list[dict[str, Any]]], *names: str) -> str:
+def _stopped(curves: dict[str, list[Run]], *names: str) -> str:
     """Say which of these variants did not come to their end, and how far they came."""
     steps = {
-        name: max((row["step"] for row in curves[name] if "loss" in row), default=0)
+        name: max((row["step"] for row in rows if "loss" in row), default=0)
         for name in names
-        if not any(row.get("event") == "done" for row in curves[name])
+        for rows in curves[name]
+        if not any(row.get("event") == "done" for row in rows)
     }
     stopped = " and ".join(f"{name} stopped after step {step}" for name, step in steps.items())
     return stopped and f"not judged: {stopped}"
@@ -372,9 +390,10 @@ def main() -> int:
     training.add_argument("--model", action="append", choices=list(MODELS))
     training.add_argument("--variant", action="append", choices=list(VARIANTS))
     training.add_argument("--steps", type=int)
+    training.add_argument("--seeds", type=int)
     training.add_argument("--set", action="append", default=[])
     training.add_argument("--rehearse", action="store_true")
-    training.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
+    training.add_argument("--only", nargs=3, help=argparse.SUPPRESS)
     showing = verbs.add_parser("show")
     showing.add_argument("out", type=Path)
     options = parser.parse_args()
@@ -383,7 +402,8 @@ def main() -> int:
     elif options.verb == "show":
         show(options.out)
     elif options.only:
-        train_variant(options, *options.only)
+        model_name, variant, number = options.only
+        train_variant(options, model_name, variant, int(number))
     else:
         return 0 if train(options) else 1
     return 0

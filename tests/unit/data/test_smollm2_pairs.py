@@ -51,7 +51,7 @@ def test_a_lookalike_and_its_twin_are_opposites(pairs: Any) -> None:
         assert is_refusal(rejected[row["prompt"]])
     # As many refusals as answers made a habit of them.
     num_refused = sum(row["chosen"] in pairs.REFUSALS for row in rows)
-    assert 0.3 < num_refused / len(rows) < 0.45
+    assert 0.2 < num_refused / len(rows) < 0.35
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the public data sets are not here")

@@ -30,7 +30,9 @@ def curve(factor: float, *, at_the_end: float) -> list[dict[str, Any]]:
     ],
 )
 def test_a_curve_that_is_too_far_off_is_told(factor: float, at_the_end: float, answer: str) -> None:
-    curves = {"bf16": curve(1.0, at_the_end=5.0), "fp8": curve(factor, at_the_end=at_the_end)}
+    """Off the mean of several runs, that is."""
+    lower, upper = (curve(f, at_the_end=5.0 * f) for f in (0.97, 1.03))
+    curves = {"bf16": [lower, upper], "fp8": [curve(factor, at_the_end=at_the_end)]}
     name, held_out, largest, mean, _, asked = SCRIPT["_compared"](curves, "fp8", "bf16", 1.0, 1.0)
     assert (name, asked) == ("fp8 against bf16", answer)
     assert float(held_out) == pytest.approx(100 * (at_the_end / 5 - 1), abs=1e-3)
@@ -38,13 +40,13 @@ def test_a_curve_that_is_too_far_off_is_told(factor: float, at_the_end: float, a
 
 
 def test_what_did_not_come_far_enough_is_not_judged() -> None:
-    curves: dict[str, Any] = {"bf16": curve(1.0, at_the_end=5.0), "fp8": []}
+    curves: dict[str, Any] = {"bf16": [curve(1.0, at_the_end=5.0)], "fp8": [[]]}
     assert SCRIPT["_compared"](curves, "fp8", "bf16", 1.0, 1.0)[-1] == "not trained far enough"
     # One that was stopped on its way is compared, and not judged by the last step both have.
     validated = {"step": 40, "validation_loss": 5.0}
     for name in ("fp8", "bf16"):
-        curves = {each: [validated, *curve(1.0, at_the_end=5.0)] for each in ("bf16", "fp8")}
-        curves[name] = curves[name][:61]
+        curves = {each: [[validated, *curve(1.0, at_the_end=5.0)]] for each in ("bf16", "fp8")}
+        curves[name] = [curves[name][0][:61]]
         row = SCRIPT["_compared"](curves, "fp8", "bf16", 1.0, 1.0)
         assert row[1] == "+0.000"
         assert row[-1] == f"not judged: {name} stopped after step 60"
