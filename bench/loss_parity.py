@@ -44,8 +44,7 @@ from sevenfold.base import storage
 from sevenfold.base.console import print_raw, print_table
 
 Run = list[dict[str, Any]]
-SMOOTHED = 20
-WRITE_EVERY_S = 15
+SMOOTHED, WRITE_EVERY_S = 20, 15
 STEPS = {"small": 180, "7b": 200}
 SEEDS = {"small": 3, "7b": 1}
 # All variants compile at the same time.
@@ -340,11 +339,7 @@ def _rate(runs: list[Run]) -> float | None:
 
 
 def _compared(
-    curves: dict[str, list[Run]],
-    name: str,
-    other: str,
-    end: float | None,
-    worst: float | None,
+    curves: dict[str, list[Run]], name: str, other: str, end: float | None, worst: float | None
 ) -> list[Any]:
     """Return a row of the table: differences of one mean curve from another, in % of that."""
     ours, theirs = smoothed(curves[name]), smoothed(curves[other])
@@ -402,8 +397,7 @@ def main() -> int:
     elif options.verb == "show":
         show(options.out)
     elif options.only:
-        model_name, variant, number = options.only
-        train_variant(options, model_name, variant, int(number))
+        train_variant(options, *options.only[:2], int(options.only[2]))
     else:
         return 0 if train(options) else 1
     return 0
