@@ -82,6 +82,7 @@ VARIANTS = {
     "fp32": [*FP32, "pretrain.precision=fp32"],
 }
 TRAINED = ("autocast", "bf16", "fp8")
+DONE = ("seconds", "seconds_in_steps", "steps_skipped", "peak_gib", "planned_gib")
 # Which curve is compared with which, and how many per cent apart they may be: the loss held out at
 # the end, and (None: not asked) the smoothed training loss at its worst.
 COMPARED = (
@@ -152,15 +153,10 @@ def train_variant(options: argparse.Namespace, model_name: str, variant: str, nu
         loss_kernel=tried.scorer.kernel,
         compiled=tried.config.compile != "none",
     )
-    done = {
-        "event": "done",
-        "seconds": time.perf_counter() - started,
-        "seconds_in_steps": bench.elapsed_s,
-        "steps_skipped": bench.guard.num_skipped,
-        "peak_gib": last["mem_gib"],
-        "planned_gib": planner.plan(demand, num_steps=steps).peak_gib,
-    }
-    print_line(done)
+    planned = planner.plan(demand, num_steps=steps).peak_gib
+    seconds = time.perf_counter() - started
+    known = seconds, bench.elapsed_s, bench.guard.num_skipped, last["mem_gib"], planned
+    print_line({"event": "done", **dict(zip(DONE, known, strict=True))})
 
 
 def build(recipe: Any, config: Any, *, emulated: bool, seed: int) -> Any:
@@ -330,9 +326,6 @@ def show(path: Path) -> None:
         print_table(title, [*columns, "held-out, largest", "asked"], compared)
 
 
-DONE = ("seconds", "seconds_in_steps", "steps_skipped", "peak_gib", "planned_gib")
-
-
 def _rate(runs: list[Run]) -> float | None:
     rates = [row["tok_s"] for rows in runs for row in rows if "tok_s" in row]
     return float(np.median(rates)) if rates else None
@@ -398,9 +391,7 @@ def main() -> int:
         show(options.out)
     elif options.only:
         train_variant(options, *options.only[:2], int(options.only[2]))
-    else:
-        return 0 if train(options) else 1
-    return 0
+    return 1 if options.verb == "train" and not options.only and not train(options) else 0
 
 
 if __name__ == "__main__":
