@@ -91,8 +91,9 @@ def join() -> Processes:
     """Join the processes that torchrun started; alone, return a world of one.
 
     Errors:
-        UsageError: the address where they meet does not exist, there are too few GPUs, or
-            SEVENFOLD_PATIENCE_S is not a number of seconds.
+        UsageError: the address where they meet does not exist, there are too few GPUs,
+            SEVENFOLD_PATIENCE_S is not a number of seconds, or LOCAL_WORLD_SIZE does not say how
+            many run on each node.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -101,7 +102,8 @@ def join() -> Processes:
         torch.cuda.set_device(device)
     if world == 1:
         return Processes(rank=0, world=1, device=device)
-    if not dist.is_initialized():
+    meets = not dist.is_initialized()
+    if meets:
         _require_address(os.environ.get("MASTER_ADDR", ""))
         # Before they meet, the first may have to measure a model from outside; NCCL's own ten
         # minutes can be too few.
@@ -109,8 +111,21 @@ def join() -> Processes:
         # A launcher of less patience ends them itself, and says what each was doing.
         timeout = timedelta(seconds=max(PATIENCE_S, patience_of_user()))
         dist.init_process_group(backend, timeout=timeout)
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    return Processes(rank=dist.get_rank(), world=world, device=device, per_node=per_node)
+    per_node = os.environ.get("LOCAL_WORLD_SIZE", "")
+    counts = per_node.isdecimal() and int(per_node) > 0 and world % int(per_node) == 0
+    joined = Processes(
+        rank=dist.get_rank(), world=world, device=device, per_node=int(per_node) if counts else 1
+    )
+    # Taken for one node, several would keep whole weights on each GPU and exchange them over the
+    # network; of nodes that count otherwise, each would share the model out in its own way.
+    differs = meets and joined.first_difference({"LOCAL_WORLD_SIZE": per_node})
+    if differs or not counts:
+        raise UsageError(
+            f"LOCAL_WORLD_SIZE '{per_node}': of {world} processes (WORLD_SIZE), as many must run "
+            "on each node, and this must say how many; torchrun and scripts/slurm_train.sbatch "
+            "set it"
+        )
+    return joined
 
 
 def patience_of_user() -> float:

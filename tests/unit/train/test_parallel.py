@@ -167,6 +167,44 @@ def test_processes_wait_for_each_other_as_long_as_their_launcher_does(
         parallel.join()
 
 
+@pytest.mark.parametrize(
+    ("per_node", "others"), [(None, None), ("0", "0"), ("3", "3"), ("some", "some"), ("4", "8")]
+)
+def test_how_many_processes_run_on_each_node_has_to_be_said(
+    per_node: str | None, others: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else several nodes would be taken for one, or each would share the model out in its way."""
+    environment = {"WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": ""}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if per_node is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", per_node)
+
+    def differ_if_asked(tensor: torch.Tensor, operation: torch.distributed.ReduceOp) -> None:
+        if others != per_node and operation == torch.distributed.ReduceOp.MAX:
+            tensor += 1
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "all_reduce", differ_if_asked)
+    with pytest.raises(
+        UsageError,
+        match=rf"LOCAL_WORLD_SIZE '{per_node or ''}': of 8 .* as many must run on each node, and "
+        "this must say how many; torchrun and scripts/slurm_train.sbatch set it",
+    ):
+        parallel.join()
+
+
+def test_nodes_of_equal_size_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 5)
+    found = parallel.join()
+    assert (found.rank, found.world, found.per_node) == (5, 8, 4)
+
+
 @pytest.mark.parametrize("text", ["soon", "-3", "nan", "inf"])
 def test_patience_is_a_number_of_seconds(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("SEVENFOLD_PATIENCE_S", text)
