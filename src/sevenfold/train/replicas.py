@@ -66,10 +66,12 @@ def _padded(whole: Tensor, num_shares: int) -> Tensor:
 def exchange(model: nn.Module) -> None:
     """Sum all processes' gradients, each its rows, in fp32; whole gradients are gone then.
 
-    A share's gradient lies where the whole one was, so that it takes no memory of its own. FP8
-    learns the largest magnitude that any process has seen.
+    A share's gradient lies where the whole one was, so that it takes no memory of its own. What no
+    process has a gradient of is left alone, as by one process. FP8 learns the largest magnitude
+    that any process has seen.
     """
     shared = _shared(model)
+    trained_here = [whole.grad is not None for whole, _ in shared]
     for whole, share in shared:
         mesh = share.device_mesh
         gradient = torch.zeros_like(whole) if whole.grad is None else whole.grad.contiguous()
@@ -82,7 +84,14 @@ def exchange(model: nn.Module) -> None:
         own.copy_(parts.sum(0, dtype=torch.float32)[: own.shape[0]])
         whole.grad = None
     if shared:
-        float8.agree(model, shared[0][1].device_mesh.get_group())
+        group = shared[0][1].device_mesh.get_group()
+        float8.agree(model, group)
+        trained_anywhere = torch.tensor(trained_here, dtype=torch.uint8, device=shared[0][0].device)
+        dist.all_reduce(trained_anywhere, dist.ReduceOp.MAX, group=group)
+        # A GPU is waited for here once all has been asked of it; the sum of losses, next, would.
+        for (_, share), is_trained in zip(shared, trained_anywhere.tolist(), strict=True):
+            if not is_trained:
+                share.grad = None
 
 
 @torch.no_grad()

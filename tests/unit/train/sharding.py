@@ -220,6 +220,28 @@ def norm_of_one_row(processes: parallel.Processes) -> list[float]:
     return [number, 6.0]
 
 
+def without_gradients(processes: parallel.Processes) -> dict[str, Any]:
+    """Return what weights come to that all processes, the first alone, and none have a part in."""
+    torch.manual_seed(0)
+    whole = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    shared = copy.deepcopy(whole)
+    parallel.replicate(shared, processes)
+    state = []
+    for model, ranks in ((whole, range(processes.world)), (shared, [processes.rank])):
+        optimizer = make_optimizer(model, "adamw")
+        for _ in range(2):
+            for rank in parallel.exchanging_once(model, ranks):
+                values = model[0](torch.full((1, 4), 1.0 + rank))
+                (model[1](values) if rank == 0 else values).square().sum().backward()
+            optimizers.update(optimizer, model)
+            optimizer.zero_grad(set_to_none=True)
+        names = optimizers.parameter_names(model, optimizer)
+        state.append(sorted(optimizers.flatten_state(names, optimizer)))
+    ours = dict(shared.named_parameters())
+    off = {n: float((ours[n] - p).abs().max().detach()) for n, p in whole.named_parameters()}
+    return {"off": off, "state": state}
+
+
 EXCHANGES: list[int] = []
 
 
@@ -277,6 +299,7 @@ def run(target: Path) -> None:
         processes, replicated=True, in_fp8=True, kind="adamw_8bit", bf16=False
     )
     found["whole, bf16"] = compare(processes, replicated=True, kind="adamw_8bit", bf16=True)
+    found["without gradients"] = without_gradients(processes)
     found["filled"] = fill(processes, in_fp8=False)
     found["norm of one row"] = norm_of_one_row(processes)
     if "torchao" in sys.argv:

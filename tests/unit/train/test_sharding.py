@@ -109,6 +109,14 @@ def test_copies_exchange_gradients_once_a_step(found: dict[str, Any], way: str) 
     assert of(found, way)["num_exchanges"] == expected
 
 
+def test_weights_that_no_process_trains_are_left_alone(found: dict[str, Any]) -> None:
+    """As one process leaves them, without decay; those that one trains are trained in all."""
+    assert max(found["without gradients"]["off"].values()) < 1e-6
+    one, several = found["without gradients"]["state"]
+    assert one == several
+    assert {key.split(".")[0] for key in several} == {"0", "1"}
+
+
 @pytest.mark.parametrize("way", ["filled", "filled in fp8", "filled, whole"])
 def test_weights_of_one_process_are_shared_out_bit_for_bit(found: dict[str, Any], way: str) -> None:
     """The others begin on the meta device, without any, and with another random state."""
