@@ -113,7 +113,7 @@ def flatten_state(names: list[str], optimizer: torch.optim.Optimizer) -> dict[st
 def restore_state(
     names: list[str], optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]
 ) -> None:
-    """Put back what :func:`flatten_state` returned.
+    """Put back what :func:`flatten_state` returned; of what never had a gradient there is nothing.
 
     Errors:
         CheckpointError: the state belongs to other parameters or another optimizer, or a shape
@@ -123,10 +123,10 @@ def restore_state(
     for key, value in flat.items():
         name, field = key.split("::", 1)
         fields.setdefault(name, {})[field] = value
-    if fields and set(fields) != set(names):
+    if strange := sorted(set(fields) - set(names)):
         raise CheckpointError(
-            f"optimizer state: belongs to other parameters ({sorted(set(fields) ^ set(names))[0]})"
-            "; start the stage again with --no-resume"
+            f"optimizer state: belongs to other parameters ({strange[0]}); start the stage again "
+            "with --no-resume"
         )
     fused = bool(optimizer.param_groups[0].get("fused"))
     for name, parameter in zip(names, parameters(optimizer), strict=True):

@@ -87,6 +87,23 @@ def test_the_state_of_other_parameters_is_refused() -> None:
         optimizer.restore_state(names, made, wrong)
 
 
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
+def test_training_goes_on_beside_weights_that_nothing_reaches(kind: str) -> None:
+    """A layer of a model from outside may have no part in any answer: it has no state."""
+    net = torch.nn.ModuleList(torch.nn.Linear(256, 32) for _ in range(2))
+    made = optimizer.make_optimizer(net, config(kind))
+    net[0](torch.ones(1, 256)).sum().backward()
+    made.step()
+    names = optimizer.parameter_names(net, made)
+    flat = optimizer.flatten_state(names, made)
+    assert {key.split("::")[0] for key in flat} == {"0.weight", "0.bias"}
+    again = optimizer.make_optimizer(net, config(kind))
+    optimizer.restore_state(names, again, flat)
+    restored = optimizer.flatten_state(names, again)
+    assert restored.keys() == flat.keys()
+    assert all(torch.equal(value, flat[key]) for key, value in restored.items())
+
+
 def test_the_norm_of_bf16_gradients_is_no_bf16_number() -> None:
     """Nor is that of fp32 ones another than PyTorch's."""
     made = [torch.nn.Parameter(torch.zeros(64, 32, dtype=torch.bfloat16)) for _ in range(2)]
