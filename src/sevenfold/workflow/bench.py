@@ -313,7 +313,11 @@ def _resume(asked: Bench) -> Iterator[dict[str, Any]]:
 
 
 def _optimizer(asked: Bench) -> Iterator[dict[str, Any]]:
-    """Time gradient norm, clipping and update on random gradients, without forward or backward."""
+    """Time gradient norm, clipping and update on random gradients, without forward or backward.
+
+    As in a step, an update ends with the weights that GPUs send each other where each keeps them
+    whole. Gradients sent before are timed beside; those of shares go with the backward pass.
+    """
     tried = trial.prepare(asked.recipe, asked.stage, asked.config)
     made = trial.make_bench(tried, asked.lengths[0], num_steps=1)
     optimizer.set_learning_rate(made.optimizer, asked.config.schedule.peak_lr)
@@ -324,25 +328,26 @@ def _optimizer(asked: Bench) -> Iterator[dict[str, Any]]:
         # In the memory that training has them in, so that the peak is that of an update.
         accumulating.begin_step(tried.scorer)
         optimizer.draw_gradients(wholes)
-        replicas.exchange(tried.scorer)
         watch.mark(WAIT)
+        watch.mark("exchange")
+        replicas.exchange(tried.scorer)
         watch.mark("clip")
         norm, _value = optimizer.gradient_norm(parameters)
         optimizer.clip_gradients(tried.optimizer, asked.config.optimizer.clip_norm, norm)
         watch.mark("update")
-        made.optimizer.step()
+        optimizer.update(made.optimizer, tried.scorer)
         watch.mark(OTHER)
         made.optimizer.zero_grad(set_to_none=True)
     seconds = watch.seconds()
     warm = seconds[trial.WARM_UP :]
-    clip_s, update_s = (
-        statistics.median(step[part] for step in warm) for part in ("clip", "update")
-    )
+    medians_s = {
+        f"{part}_s": statistics.median(step[part] for step in warm)
+        for part in ("clip", "update", "exchange")
+    }
     yield {
         **_facts(asked, tried, asked.lengths[0]),
         "optimizer_s": statistics.median(step["clip"] + step["update"] for step in warm),
-        "clip_s": clip_s,
-        "update_s": update_s,
+        **medians_s,
         "first_step_s": seconds[0]["clip"] + seconds[0]["update"],
         "peak_gib": hardware.peak_memory_gib(),
         "parameters": sum(p.numel() for p in parameters),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from sevenfold.base import hardware
 from sevenfold.base.errors import CheckpointError, DivergedError, StoppedError
 from sevenfold.model import accumulating
 from sevenfold.objective.next_token import NEXT_TOKEN, Objective
-from sevenfold.train import checkpoint, launch, loop, optimizer, resuming
+from sevenfold.train import checkpoint, launch, loop, optimizer, replicas, resuming
 from sevenfold.train.config import TrainConfig
 from sevenfold.train.recovery import StopRequest
 from sevenfold.workflow import bench, cli, rehearsal, steps, toy, trial, workbench
@@ -147,9 +148,15 @@ def test_resume_starts_its_processes_itself(
     assert "twice; call it without torchrun" in capsys.readouterr().err
 
 
-def test_optimizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_optimizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What several GPUs send each other is in it: weights in the update, gradients before it."""
+    monkeypatch.setattr(replicas, "gather", lambda _: time.sleep(0.05))
+    monkeypatch.setattr(replicas, "exchange", lambda _: time.sleep(0.1))
     (line,) = run("optimizer", tmp_path, capsys, "--steps", "3")
-    assert line["optimizer_s"] > line["update_s"] > 0
+    assert line["optimizer_s"] > line["update_s"] > 0.05
+    assert line["exchange_s"] > 0.1 > line["clip_s"]
     assert line["parameters"] > 1000
 
 
