@@ -19,7 +19,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -48,6 +48,13 @@ def sha256_file(path: Path) -> str:
     """Return the SHA-256 (hex) of the bytes of ``path``."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_files(folder: Path, paths: Sequence[Path]) -> dict[str, str]:
+    """Return the SHA-256 of files by their paths in ``folder``; several are read at a time."""
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    with _readers() as pool:
+        return dict(zip(names, pool.map(sha256_file, paths), strict=True))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -213,15 +220,10 @@ def _put_back(target: Path) -> None:
 def write_manifest(folder: Path, *, kind: str, **facts: Any) -> dict[str, Any]:
     """Write ``manifest.json``: path, bytes and SHA-256 of every file, a fingerprint, ``facts``."""
     paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST]
-    with _readers() as pool:
-        files = [
-            {
-                "path": path.relative_to(folder).as_posix(),
-                "bytes": path.stat().st_size,
-                "sha256": sha256,
-            }
-            for path, sha256 in zip(paths, pool.map(sha256_file, paths), strict=True)
-        ]
+    files = [
+        {"path": name, "bytes": (folder / name).stat().st_size, "sha256": sha256}
+        for name, sha256 in sha256_files(folder, paths).items()
+    ]
     manifest = {"kind": kind, "fingerprint": _files_fingerprint(files), **facts, "files": files}
     write_json(folder / MANIFEST, manifest)
     return manifest

@@ -87,8 +87,7 @@ def open_shards(
         )
     if is_saved_dataset(folder):
         parts, row_length = _open_input_ids(folder, min_length)
-        arrow = sorted(folder.rglob("*.arrow"))
-        hashes = {p.relative_to(folder).as_posix(): storage.sha256_file(p) for p in arrow}
+        hashes = storage.sha256_files(folder, sorted(folder.rglob("*.arrow")))
     else:
         files = _list_files(folder)
         hashes = _hashes(folder, files)
@@ -195,7 +194,7 @@ def _hashes(folder: Path, files: Sequence[Path]) -> dict[str, str]:
             if path.relative_to(folder).as_posix() not in hashes:
                 raise BadDataError(f"{path}: not in {storage.MANIFEST}; remove it, or pack again")
     else:
-        hashes = {p.relative_to(folder).as_posix(): storage.sha256_file(p) for p in files}
+        hashes = storage.sha256_files(folder, files)
     seen: dict[str, str] = {}
     for name, found in hashes.items():
         if name.endswith(".npy") and found in seen:

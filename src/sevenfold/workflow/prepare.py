@@ -120,7 +120,7 @@ def make_tokenizer(run: Run, recipe: Recipe) -> Any:
     else:
         folder = Path(config.path).expanduser()
         files = sorted(folder.glob("*.json")) + sorted(folder.glob("*.jinja"))
-        inputs = {"path": fingerprint({path.name: storage.sha256_file(path) for path in files})}
+        inputs = {"path": fingerprint(storage.sha256_files(folder, files))}
     if not is_current(run.tokenizer, inputs, to_plain(config)):
         if config.path is None:
             share = config.sample_characters / max(1, cleaned["characters"]["train"])

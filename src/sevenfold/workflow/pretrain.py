@@ -112,14 +112,12 @@ def _initialize_for_ids(
 ) -> None:
     """Make what steps 01 to 04 would have made for a folder of packed ids.
 
-    The ids are checked first. A tokenizer is taken over where ``tokenizer.path`` names one.
+    The ids are checked first, unless they are known: that they are the same is looked at later. A
+    tokenizer is taken over where ``tokenizer.path`` names one.
     """
-    open_shards(
-        folder,
-        vocab_size=recipe.model.vocab_size,
-        min_length=recipe.pretrain.longest_context,
-        known=known,
-    )
+    if known is None:
+        vocab_size, min_length = recipe.model.vocab_size, recipe.pretrain.longest_context
+        open_shards(folder, vocab_size=vocab_size, min_length=min_length)
     processes = parallel.join()
     if processes.is_main:
         if recipe.tokenizer.path is not None:

@@ -112,7 +112,7 @@ def source_fingerprint(source: SourceConfig) -> str:
         return fingerprint([source.dataset, source.subset, source.split, source.revision])
     root, files = sources.list_files(source)
     files = files or sorted(path for path in root.rglob("*") if path.is_file())
-    return fingerprint({p.relative_to(root).as_posix(): storage.sha256_file(p) for p in files})
+    return fingerprint(storage.sha256_files(root, files))
 
 
 def _write_village(folder: Path, village: Village) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def open_source(run: records.Run, previous: str, options: StageOptions) -> recor
 def outside_fingerprint(folder: Path) -> str:
     """Identify the bytes of a model folder that has no manifest of ours."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    return fingerprint({path.name: storage.sha256_file(path) for path in files})
+    return fingerprint(storage.sha256_files(folder, files))
 
 
 def check_named_inputs(run: records.Run, recipe: Recipe, options: StageOptions) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -319,6 +321,25 @@ def test_a_file_that_changes_while_training_ends_it_with_the_files_name(
     CHANGES[change](changed)
     with pytest.raises(BadDataError, match=rf"{changed.name}: changed while it was being read; le"):
         list(made)
+
+
+def test_files_without_a_manifest_are_hashed_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of packed rows from elsewhere there may be hundreds of GB, at every start."""
+    together = threading.Barrier(2)
+    hashed = storage.sha256_file
+
+    def sha256_file(path: Path) -> str:
+        together.wait(timeout=20)
+        return hashed(path)
+
+    monkeypatch.setattr(storage, "_readers", lambda: ThreadPoolExecutor(2))
+    monkeypatch.setattr(storage, "sha256_file", sha256_file)
+    save(tmp_path, table(150), "a.npy")
+    save(tmp_path, table(150, start=3), "b.npy")
+    found = open_(tmp_path).files
+    assert found == {name: hashed(tmp_path / name) for name in ("a.npy", "b.npy")}
 
 
 def packed_folder(target: Path) -> None:
