@@ -22,7 +22,7 @@ from sevenfold.base import storage, workers
 from sevenfold.base.config import configuration, fingerprint
 from sevenfold.base.errors import BadDataError, UsageError
 from sevenfold.data.sources import is_saved_dataset, load_saved_dataset
-from sevenfold.data.token_rows import AnyArray, TokenIds, TokenShards, repeated_rows, watched
+from sevenfold.data.token_rows import AnyArray, TokenIds, TokenShards, repeated_rows, state, watched
 
 log = logging.getLogger(__name__)
 
@@ -89,15 +89,16 @@ def open_shards(
         parts, row_length = _open_input_ids(folder, min_length)
         hashes = storage.sha256_files(folder, sorted(folder.rglob("*.arrow")))
     else:
-        files = _list_files(folder)
-        hashes = _hashes(folder, files)
+        # Before they are hashed, which takes minutes: what changes meanwhile is no longer that.
+        files = {path: state(path) for path in _list_files(folder)}
+        hashes = _hashes(folder, list(files))
         _check_tokenizer(folder, tokenizer_fingerprint)
         arrays = {path: _open_array(path, min_length) for path in files}
         row_length = _common_length(arrays)
         parts = defaultdict(list)
         for path, array in arrays.items():
             split = "validation" if path.name.startswith("validation") else "train"
-            parts[split].append(watched(str(path), array, [path]))
+            parts[split].append(watched(str(path), array, {path: files[path]}))
     for part in [part for split in parts.values() for part in split if hashes != known]:
         _check_ids(part.name, part.array, vocab_size, row_length)
     train, validation = _split(folder, parts, row_length)
@@ -147,7 +148,7 @@ def _flat_ids(table: Any, where: str) -> tuple[list[TokenIds], set[int]]:
             f"{where}: no column 'input_ids'; it has {', '.join(table.column_names)}; rename it"
         )
     arrays: list[TokenIds] = []
-    files = [Path(file["filename"]) for file in table.cache_files]
+    files = {path: state(path) for path in (Path(f["filename"]) for f in table.cache_files)}
     lengths: set[int] = set()
     column = table.with_format("arrow").data.column("input_ids")
     if table._indices is not None:

@@ -6,7 +6,7 @@ one that is written over would be trained on. So each is looked at before it is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from sevenfold.base.errors import BadDataError
 
 AnyArray = NDArray[Any]
+State = tuple[int, int]
 
 _CHUNK_ROWS = 2**14
 _KEY_TOKENS = 16
@@ -24,11 +25,11 @@ _KEY_TOKENS = 16
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Flat ids; ``name`` says where they lie, ``files`` what those files were when opened."""
+    """Flat ids; ``name`` says where they lie, ``files`` what those were before they were read."""
 
     name: str
     array: AnyArray
-    files: tuple[tuple[Path, tuple[int, int]], ...]
+    files: Mapping[Path, State]
 
     @property
     def size(self) -> int:
@@ -41,8 +42,8 @@ class TokenIds:
         Errors:
             BadDataError: a file has changed since it was opened.
         """
-        for path, known in self.files:
-            if _state(path) != known:
+        for path, known in self.files.items():
+            if state(path) != known:
                 raise BadDataError(
                     f"{path}: changed while it was being read; leave the data alone, then run the "
                     "same command again, which looks at every file first"
@@ -50,13 +51,13 @@ class TokenIds:
         return self.array[start:stop]
 
 
-def watched(name: str, array: AnyArray, paths: Iterable[Path]) -> TokenIds:
-    """Return the ids of ``array``, which is mapped from ``paths``."""
-    files = tuple((path, _state(path)) for path in paths)
+def watched(name: str, array: AnyArray, files: Mapping[Path, State]) -> TokenIds:
+    """Return the ids of ``array``, which is mapped from ``files``, in their :func:`state`."""
     return TokenIds(name, array.reshape(-1), files)
 
 
-def _state(path: Path) -> tuple[int, int]:
+def state(path: Path) -> State:
+    """Return by what a change of a file is seen: its size, and when it was last written."""
     try:
         found = path.stat()
     except OSError:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -321,6 +322,32 @@ def test_a_file_that_changes_while_training_ends_it_with_the_files_name(
     CHANGES[change](changed)
     with pytest.raises(BadDataError, match=rf"{changed.name}: changed while it was being read; le"):
         list(made)
+
+
+@pytest.mark.fault("G09")
+@pytest.mark.parametrize("kind", ["npy", "data set"])
+def test_a_file_that_changes_after_it_was_hashed_is_not_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Of a large corpus the first file is hashed minutes before the last."""
+    if kind == "npy":
+        changed = save(tmp_path, table(40))
+    else:
+        saved(tmp_path, table(40).tolist())
+        (changed,) = tmp_path.glob("*.arrow")
+    hash_files = storage.sha256_files
+
+    def hash_and_change(folder: Path, files: Any) -> dict[str, str]:
+        hashes = hash_files(folder, files)
+        time.sleep(0.01)
+        with changed.open("r+b") as file:
+            file.seek(-8, os.SEEK_END)
+            file.write(b"\1")
+        return hashes
+
+    monkeypatch.setattr(storage, "sha256_files", hash_and_change)
+    with pytest.raises(BadDataError, match=rf"{changed.name}: changed while it was being read; le"):
+        open_(tmp_path).train.rows(np.arange(2))
 
 
 def test_files_without_a_manifest_are_hashed_side_by_side(
