@@ -65,7 +65,9 @@ def resume(bench: Workbench, *, force: str | None = None) -> bool:
 
 def _require_same_job(bench: Workbench) -> None:
     """Refuse processes that were started with other inputs, settings or code than each other."""
-    sections = {**bench.identity, "program": bench.program}
+    # What was decided on the way says which rows come next.
+    decided = {"micro_batches": bench.decisions.micro_batches, "detours": bench.decisions.detours}
+    sections = {**bench.identity, "program": bench.program, "recovery": decided}
     facts = {f"{s}.{name}": repr(v) for s, fields in sections.items() for name, v in fields.items()}
     if name := bench.processes.first_difference(facts):
         raise UsageError(
@@ -75,16 +77,18 @@ def _require_same_job(bench: Workbench) -> None:
 
 
 def latest(bench: Workbench) -> checkpoint.Snapshot | None:
-    """Return the newest good checkpoint, in every process, or None.
+    """Return the newest good checkpoint, the same in every process, or None.
 
     Errors:
-        CheckpointError: all are damaged, or it has another layout.
+        CheckpointError: all are damaged, it has another layout, or not all processes see it.
     """
-    # The main process sets damaged checkpoints aside; the others look when it has done so.
+    # The main process sets damaged checkpoints aside, and its choice is everybody's: another node
+    # may see an older one yet, or read its bytes otherwise, and would go on from another step.
     snapshot = bench.checkpoints.load_latest() if bench.processes.is_main else None
-    bench.processes.wait()
-    if not bench.processes.is_main:
-        snapshot = bench.checkpoints.load_latest()
+    known = snapshot is not None, 0 if snapshot is None else snapshot.step
+    found, step = bench.processes.sum([float(fact) for fact in known])
+    if found and not bench.processes.is_main:
+        snapshot = _load_as_main_did(bench, int(step))
     if snapshot is not None and snapshot.state.get("format") != FORMAT:
         raise CheckpointError(
             f"{bench.checkpoints.path(snapshot.step)}: written in format "
@@ -92,6 +96,17 @@ def latest(bench: Workbench) -> checkpoint.Snapshot | None:
             "again with --no-resume"
         )
     return snapshot
+
+
+def _load_as_main_did(bench: Workbench, step: int) -> checkpoint.Snapshot:
+    try:
+        return bench.checkpoints.load(step)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; process {bench.processes.rank} of {bench.processes.world} has to go on from "
+            "it as the first one does, which could read it: look at the disk that all nodes share, "
+            "then run the same command again"
+        ) from None
 
 
 def restore(bench: Workbench, snapshot: checkpoint.Snapshot) -> None:

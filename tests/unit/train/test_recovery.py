@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sevenfold.base.errors import (
     UsageError,
 )
 from sevenfold.objective.next_token import NEXT_TOKEN, Objective
-from sevenfold.train import loop, resuming
+from sevenfold.train import loop, parallel, resuming
 from sevenfold.train.recovery import Decisions, StepGuard
 
 
@@ -392,6 +393,54 @@ def test_a_finished_stage_knows_its_last_row_without_the_log(tmp_path: Path) -> 
     last = loop.fit(bench(tmp_path))
     (tmp_path / "metrics.jsonl").unlink()
     assert loop.fit(bench(tmp_path)) == last
+
+
+# --- several processes
+
+
+class Second(parallel.Processes):
+    """The second process of two, whose first has read the checkpoint of step 5."""
+
+    def sum(self, values: list[float]) -> list[float]:
+        return [1.0, 5.0] if len(values) == 2 else values
+
+    def first_difference(self, facts: Mapping[str, str]) -> str | None:
+        return "recovery.detours" if facts["recovery.detours"] != "[]" else None
+
+
+def second(folder: Path) -> loop.Workbench:
+    """Return a bench of the second process, with checkpoints of steps 5 and 8."""
+    made = bench(folder, resume=False)
+    for made.step in (5, 8):
+        loop.save(made)
+    made.checkpoints.finish()
+    made.processes = Second(rank=1, world=2, device=made.processes.device)
+    return made
+
+
+def test_all_processes_go_on_from_the_checkpoint_of_the_first(tmp_path: Path) -> None:
+    """The newest that one node sees need not be the newest that another sees."""
+    made = second(tmp_path)
+    assert made.checkpoints.steps() == [5, 8]
+    snapshot = resuming.latest(made)
+    assert snapshot is not None
+    assert snapshot.step == 5
+    assert made.checkpoints.steps() == [5, 8]
+    (tmp_path / "checkpoints" / "step-00000005" / "random.safetensors").write_bytes(b"")
+    with pytest.raises(
+        CheckpointError,
+        match=r"random.safetensors: 0 bytes.*process 1 of 2 has to go on from it .* look at the di",
+    ):
+        resuming.latest(made)
+    assert made.checkpoints.steps() == [5, 8]  # only the first sets aside what is damaged
+
+
+def test_processes_that_know_of_other_decisions_are_refused(tmp_path: Path) -> None:
+    """They would pass over other rows."""
+    made = second(tmp_path)
+    made.decisions.detours = [(5, 2)]
+    with pytest.raises(UsageError, match=r"recovery.detours is not the same in all 2 processes"):
+        resuming.resume(made)
 
 
 # --- which checkpoints are kept
