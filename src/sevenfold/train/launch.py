@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -87,7 +88,8 @@ def launch(arguments: list[str], num_processes: int) -> int:
     """Run ``python arguments`` once per process on this host; return 0 or the first bad exit code.
 
     When one process fails, the others are asked to stop, and ended after a grace. SIGTERM and
-    Ctrl-C are passed on to all of them. They are started anew as often as one asks for that.
+    Ctrl-C are passed on to all of them. They are started anew as often as one asks for that, unless
+    they are to stop.
 
     Errors:
         UsageError: SEVENFOLD_PATIENCE_S is not a number of seconds.
@@ -146,17 +148,25 @@ def _launch_once(arguments: list[str], num_processes: int, patience_s: float) ->
         "WORLD_SIZE": str(num_processes),
         "LOCAL_WORLD_SIZE": str(num_processes),
     }
-    children = [_Child(arguments, rank, environment) for rank in range(num_processes)]
+    children: list[_Child] = []
+    previous: dict[signal.Signals, Any] = {}
+    passed_on: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        passed_on.append(number)
         for child in children:
             child.process.send_signal(number)
 
-    # Ctrl-C too: to be interrupted here would end the processes in the middle of saving.
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    previous = {number: signal.signal(number, pass_on) for number in numbers}
     try:
-        return _first_failure(children, patience_s)
+        for rank in range(num_processes):
+            children.append(_Child(arguments, rank, environment))
+        # Ctrl-C too: to be interrupted here would end the processes in the middle of saving.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, pass_on)
+        code = _first_failure(children, patience_s)
+        if passed_on and code == StartAgainError.exit_code:
+            return StoppedError.exit_code  # those that start again would not know of the signal
+        return code
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -85,6 +85,47 @@ def test_started_again_they_do_not_start_afresh() -> None:
     assert launch(["-c", script, "--no-resume"], 2) == 3
 
 
+def test_those_that_were_told_to_stop_are_not_started_again(tmp_path: Path) -> None:
+    """One runs out of memory in the step in which all are to stop."""
+    ready = tmp_path / "ready"
+    script = f"""
+import signal, sys, time
+from pathlib import Path
+
+if Path({str(ready)!r}).exists():
+    sys.exit(3)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(76))
+Path({str(ready)!r}).touch()
+time.sleep(60)
+"""
+
+    def interrupt() -> None:
+        while not ready.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert launch(["-c", script], 1) == 75
+    thread.join()
+
+
+def test_where_one_cannot_be_started_none_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    start = subprocess.Popen
+
+    def popen(*asked: object, **how: object) -> subprocess.Popen[bytes]:
+        if started:
+            raise OSError("no more processes")
+        started.append(start(*asked, **how))  # type: ignore[call-overload]
+        return started[0]
+
+    monkeypatch.setattr(launching.subprocess, "Popen", popen)
+    with pytest.raises(OSError, match="no more processes"):
+        launch(["-c", "import time; time.sleep(60)"], 2)
+    assert started[0].returncode == -signal.SIGKILL
+
+
 @pytest.mark.fault("A05", "A08")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_launcher_lets_all_save(tmp_path: Path, number: int) -> None:
