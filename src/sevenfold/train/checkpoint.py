@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sevenfold.base import storage
-from sevenfold.base.errors import CheckpointError, UsageError
+from sevenfold.base.errors import CheckpointError, SevenfoldError, UsageError
 from sevenfold.train import tensor_files
 
 log = logging.getLogger(__name__)
@@ -130,7 +130,22 @@ class Checkpoints:
         if writing is not None:
             writing.result()
 
-    close = finish
+    def __enter__(self) -> Checkpoints:
+        """Return itself; at the end nothing is under way any more."""
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, where: object) -> None:
+        """Wait for the checkpoint under way; its error does not hide the one that came before.
+
+        Errors:
+            SevenfoldError: it could not be written, and nothing else was wrong.
+        """
+        try:
+            self.finish()
+        except SevenfoldError as failure:
+            if error is None:
+                raise
+            log.error("%s", failure)
 
     def check(self) -> None:
         """Raise what went wrong with the checkpoint under way, if it has ended."""

@@ -91,7 +91,7 @@ def fit(bench: Workbench) -> dict[str, Any]:
         MemoryExhaustedError: one sequence alone does not fit.
     """
     bench.scorer.train()
-    with stop_on_signal() as stop, contextlib.closing(bench.checkpoints):
+    with stop_on_signal() as stop, bench.checkpoints:
         while bench.step < bench.num_steps:
             try:
                 _train(bench, stop)

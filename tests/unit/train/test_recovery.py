@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -319,6 +320,29 @@ def test_a_checkpoint_that_could_not_be_written_stops_the_next_step(
     again = bench(tmp_path)
     assert again.step == 10
     loop.fit(again)
+
+
+def test_a_checkpoint_that_could_not_be_written_hides_no_other_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The disk is full, and the step beside the write is out of memory: both are told."""
+    made = bench(tmp_path, objective=failing({11}, torch.OutOfMemoryError("no")))
+    tried = threading.Event()
+
+    def full(snapshot: Any) -> None:
+        tried.wait()
+        raise SevenfoldError("no space left")
+
+    def halve(facts: dict[str, Any]) -> None:
+        tried.set()
+        raise MemoryExhaustedError("out of memory")
+
+    monkeypatch.setattr(made.checkpoints, "_write", full)
+    monkeypatch.setattr(made.memory, "halve", halve)
+    with pytest.raises(MemoryExhaustedError, match="out of memory"):
+        loop.fit(made)
+    assert made.step == 5
+    assert "no space left" in caplog.text
 
 
 def test_training_changes_nothing_that_is_being_written(tmp_path: Path) -> None:
