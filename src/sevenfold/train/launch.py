@@ -198,7 +198,8 @@ def _first_failure(children: list[_Child], patience_s: float) -> int:
             deadline_s = time.monotonic() + (START_AGAIN_S if again else GRACE_S)
             for child in children:
                 child.process.terminate()
-        _require_progress(children, patience_s)
+        if not failure:  # else it is what the others wait for, until the grace is over
+            _require_progress(children, patience_s)
         time.sleep(0.1)
     ended = [child.process.returncode for child in children if child.process.returncode]
     if StartAgainError.exit_code in ended:

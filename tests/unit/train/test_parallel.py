@@ -85,6 +85,29 @@ def test_started_again_they_do_not_start_afresh() -> None:
     assert launch(["-c", script, "--no-resume"], 2) == 3
 
 
+def test_a_failure_counts_where_nothing_was_heard_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To look at all data takes as long as it takes; what is found there is not a lack of news."""
+    monkeypatch.setattr(launching, "GRACE_S", 0.3)
+    monkeypatch.setenv("SEVENFOLD_PATIENCE_S", "2")
+    script = """
+import os, signal, sys, time
+if os.environ["RANK"] == "1":
+    sys.exit(4)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+time.sleep(60)
+"""
+    start = launching._Child.__init__
+
+    def started_long_ago(child: launching._Child, *asked: object) -> None:
+        start(child, *asked)  # type: ignore[arg-type]
+        if child.rank == 1:
+            child.process.wait()
+        child.heard_at_s -= 100
+
+    monkeypatch.setattr(launching._Child, "__init__", started_long_ago)
+    assert launch(["-c", script], 2) == 4
+
+
 def test_those_that_were_told_to_stop_are_not_started_again(tmp_path: Path) -> None:
     """One runs out of memory in the step in which all are to stop."""
     ready = tmp_path / "ready"
