@@ -91,9 +91,8 @@ def join() -> Processes:
     """Join the processes that torchrun started; alone, return a world of one.
 
     Errors:
-        UsageError: the address where they meet does not exist, there are too few GPUs,
-            SEVENFOLD_PATIENCE_S is not a number of seconds, or LOCAL_WORLD_SIZE does not say how
-            many run on each node.
+        UsageError: they do not meet, there are too few GPUs, SEVENFOLD_PATIENCE_S is not a number
+            of seconds, or LOCAL_WORLD_SIZE does not say how many run on each node.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -104,13 +103,7 @@ def join() -> Processes:
         return Processes(rank=0, world=1, device=device)
     meets = not dist.is_initialized()
     if meets:
-        _require_address(os.environ.get("MASTER_ADDR", ""))
-        # Before they meet, the first may have to measure a model from outside; NCCL's own ten
-        # minutes can be too few.
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        # A launcher of less patience ends them itself, and says what each was doing.
-        timeout = timedelta(seconds=max(PATIENCE_S, patience_of_user()))
-        dist.init_process_group(backend, timeout=timeout)
+        _meet(world, device)
     per_node = os.environ.get("LOCAL_WORLD_SIZE", "")
     counts = per_node.isdecimal() and int(per_node) > 0 and world % int(per_node) == 0
     joined = Processes(
@@ -126,6 +119,23 @@ def join() -> Processes:
             "set it"
         )
     return joined
+
+
+def _meet(world: int, device: torch.device) -> None:
+    _require_address(os.environ.get("MASTER_ADDR", ""))
+    # Before they meet, the first may have to measure a model from outside; NCCL's own ten minutes
+    # can be too few.
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    # A launcher of less patience ends them itself, and says what each was doing.
+    timeout = timedelta(seconds=max(PATIENCE_S, patience_of_user()))
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except (ValueError, dist.DistError) as error:
+        raise UsageError(
+            f"WORLD_SIZE {world}: the processes do not meet ({str(error).splitlines()[0]}); each "
+            "needs RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and a free MASTER_PORT, as "
+            "torchrun and scripts/slurm_train.sbatch set them"
+        ) from None
 
 
 def patience_of_user() -> float:

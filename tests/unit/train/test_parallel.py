@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -208,6 +209,35 @@ def test_a_meeting_place_that_does_not_exist_is_refused_at_once(
     with pytest.raises(UsageError, match=r"MASTER_ADDR 'no.such.invalid': no such host .*first no"):
         parallel.join()
     assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, "EADDRINUSE"),
+        ({"RANK": None}, "environment variable RANK expected, but not set"),
+        ({"MASTER_PORT": None}, "environment variable MASTER_PORT expected"),
+        ({"RANK": "first"}, "'first'"),
+    ],
+)
+def test_processes_that_do_not_meet_are_told_what_they_need(
+    changed: dict[str, str | None], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not that this is a mistake of ours: somebody's own script has started them."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        named = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", **changed}
+        for name, value in {**named, "CUDA_VISIBLE_DEVICES": ""}.items():
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, value)
+        with pytest.raises(
+            UsageError, match=rf"WORLD_SIZE 2: .* not meet \(.*{reason}.*; each needs RANK, LOCAL_"
+        ):
+            parallel.join()
 
 
 @pytest.mark.parametrize(("patience", "waiting_s"), [(None, 1800), ("7200", 7200), ("1.5", 1800)])
