@@ -14,7 +14,7 @@ on one GPU, preset small and a cut of the 7B (two layers, else its shape):
     fp32         as autocast, products in fp32 (TF32 on a GPU); only with --variant fp32
 
 through `loop.fit`, with the recipe's schedule over the steps below, each as often as SEEDS (or
---seeds) says, with other random numbers (those of stochastic rounding) each time: runs of one
+--seeds) says, with other random numbers each time, where weights are rounded by such: runs of one
 recipe drift apart, and a difference means something where it is larger than that. It prints per
 variant the held-out loss at the end and its spread over the runs, and how far the mean of its
 training curves (means of SMOOTHED steps) is from another's.
@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -243,12 +244,11 @@ def print_line(row: dict[str, Any]) -> None:
 def train(options: argparse.Namespace) -> bool:
     """Train all variants at the same time, write what they say, and show it; True if all ended."""
     models = options.model or list(MODELS)
-    asked = [
-        (model_name, variant, number)
-        for model_name in models
-        for variant in options.variant or TRAINED
-        for number in range(options.seeds or SEEDS[model_name])
-    ]
+    asked = []
+    for model_name, variant in itertools.product(models, options.variant or TRAINED):
+        # Only stochastic rounding draws anything.
+        runs = options.seeds or SEEDS[model_name] if BITS8[0] in VARIANTS[variant] else 1
+        asked += [(model_name, variant, number) for number in range(runs)]
     curves: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     unigram = unigram_nats(options.rows)
     with ThreadPoolExecutor(len(asked)) as pool:
