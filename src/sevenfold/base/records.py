@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -166,9 +167,11 @@ def code_version() -> str:
 @functools.cache
 def package_versions() -> Mapping[str, str]:
     """Return the versions of Python and of the packages that shape results."""
-    installed = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
-    versions = {name: installed[name] for name in (*PACKAGES, "torchao") if name in installed}
-    return {"python": platform.python_version(), **versions}
+    versions = {"python": platform.python_version()}
+    for name in (*PACKAGES, "torchao"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def require_packages() -> None:
