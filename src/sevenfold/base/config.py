@@ -8,13 +8,14 @@ configures. An unknown key is refused with the nearest known one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
 
@@ -217,6 +218,12 @@ def _read_value(assignment: str, text: str) -> Any:
     return value
 
 
+@functools.cache
+def _validator(cls: Hashable) -> TypeAdapter[Any]:
+    """Return what validates into ``cls``; a gate file asks for the same a hundred times."""
+    return TypeAdapter(cls)
+
+
 def _origin(values: Mapping[str, Any]) -> tuple[str, Mapping[tuple[Any, ...], int]]:
     if isinstance(values, Document):
         return values.path, values.lines
@@ -235,7 +242,7 @@ def build(cls: type[T], values: Mapping[str, Any], *, of_earlier_version: bool =
     path, lines = _origin(values)
     _refuse_secrets(values, path, lines)
     try:
-        return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
+        built: T = _validator(cls).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         problems = error.errors(include_url=False)
         # A misspelt key is also a missing one; the misspelling is what helps.
@@ -264,6 +271,7 @@ def build(cls: type[T], values: Mapping[str, Any], *, of_earlier_version: bool =
         message = message.removeprefix("Value error, ")
         found = json.dumps(problem["input"])[:80]
         raise UsageError(f"{where}: found {found}; {message[0].lower()}{message[1:]}") from None
+    return built
 
 
 def _location(problem: Mapping[str, Any]) -> tuple[int | str, ...]:
