@@ -219,7 +219,7 @@ def _read_value(assignment: str, text: str) -> Any:
 
 
 @functools.cache
-def _validator(cls: Hashable) -> TypeAdapter[Any]:
+def _validator(cls: Any) -> TypeAdapter[Any]:
     """Return what validates into ``cls``; a gate file asks for the same a hundred times."""
     return TypeAdapter(cls)
 
@@ -242,7 +242,9 @@ def build(cls: type[T], values: Mapping[str, Any], *, of_earlier_version: bool =
     path, lines = _origin(values)
     _refuse_secrets(values, path, lines)
     try:
-        built: T = _validator(cls).validate_json(json.dumps(values), strict=True)
+        built: T = _validator(typing.cast("Hashable", cls)).validate_json(
+            json.dumps(values), strict=True
+        )
     except ValidationError as error:
         problems = error.errors(include_url=False)
         # A misspelt key is also a missing one; the misspelling is what helps.
