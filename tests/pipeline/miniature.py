@@ -160,6 +160,16 @@ def write_gates(folder: Path, *, limit: float = 5.0) -> Path:
     return path
 
 
+def environment(faults: str) -> dict[str, str]:
+    """Return what a process that is started here is to find in its environment."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(REPOSITORY / "src"),
+        "SEVENFOLD_FAULTS": faults,
+    }
+
+
 def sevenfold(
     *arguments: str | Path,
     faults: str = "",
@@ -168,18 +178,12 @@ def sevenfold(
     cwd: Path = REPOSITORY,
 ) -> subprocess.CompletedProcess[str]:
     """Run a verb as people do, in a process of its own."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(REPOSITORY / "src"),
-        "SEVENFOLD_FAULTS": faults,
-    }
     return subprocess.run(
         [sys.executable, *program, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=timeout_s,
-        env=environment,
+        env=environment(faults),
         cwd=cwd,
         check=False,
     )

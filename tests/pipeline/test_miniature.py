@@ -1,4 +1,8 @@
-"""All steps through the command line on a miniature: kills, resumes, and every exit code."""
+"""All steps through the command line on a miniature: kills, resumes, and every exit code.
+
+The whole run, a stage that goes on elsewhere and what ends before it imports much are started as
+people start them; the others are forks of a process that has imported what they need.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,7 @@ from tests.pipeline.miniature import (
     write_gates,
     write_recipe,
 )
+from tests.pipeline.warm import forked
 
 from sevenfold.verify.integrity import IN_RUN, IN_STAGE, NOT_COVERED, NOT_MISSED, examine
 from sevenfold.workflow import cli
@@ -64,7 +69,7 @@ def test_the_whole_run_leaves_what_is_promised(unbroken: Path) -> None:
 @pytest.mark.fault("C17")
 def test_the_same_command_again_does_nothing(copy: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")}
-    again = sevenfold("run", "--run", copy, "--gates", copy.parent / "gates.yaml")
+    again = forked("run", "--run", copy, "--gates", copy.parent / "gates.yaml")
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("already finished") == len(STAGES)
     assert before == {path: path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")}
@@ -81,11 +86,11 @@ def test_stopped_in_a_step_the_same_command_ends_with_the_same_model(
     Killed in step 9, the checkpoint of step 8 may or may not have been written already.
     """
     without(copy, stage)
-    stopped = sevenfold(stage, "--run", copy, faults=fault)
+    stopped = forked(stage, "--run", copy, faults=fault)
     killed = fault.startswith("kill")
     assert stopped.returncode == (-signal.SIGKILL if killed else 75), stopped.stderr
     assert examine(copy).problems == {}
-    again = sevenfold(stage, "--run", copy.name, cwd=copy.parent)
+    again = forked(stage, "--run", copy.name, cwd=copy.parent)
     assert again.returncode == 0, again.stderr
     assert examine(copy).problems == {}
     assert re.search(f"resuming from step {'[48]' if killed else '6'} of", again.stdout)
@@ -192,10 +197,10 @@ def test_a_file_too_many_is_named(
 
 def test_stopped_in_the_last_step_the_stage_is_finished_and_the_run_stops(copy: Path) -> None:
     without(copy, "dpo")
-    stopped = sevenfold("dpo", "--run", copy, faults="term@step=9")
+    stopped = forked("dpo", "--run", copy, faults="term@step=9")
     assert stopped.returncode == 75
     assert "dpo is finished and saved" in stopped.stderr
-    assert sevenfold("dpo", "--run", copy).returncode == 0
+    assert forked("dpo", "--run", copy).returncode == 0
 
 
 @pytest.mark.fault("A02", "C14", "J02")
@@ -204,9 +209,9 @@ def test_killed_at_a_file_operation_the_same_command_ends_with_the_same_model(
     copy: Path, unbroken: Path, operation: int
 ) -> None:
     without(copy, "lora")
-    stopped = sevenfold("lora", "--run", copy, faults=f"kill@fs:{operation}")
+    stopped = forked("lora", "--run", copy, faults=f"kill@fs:{operation}")
     assert stopped.returncode == -signal.SIGKILL
-    again = sevenfold("lora", "--run", copy)
+    again = forked("lora", "--run", copy)
     assert again.returncode == 0, again.stderr
     assert fingerprint(copy, "lora") == fingerprint(unbroken / "run", "lora")
     assert losses(copy, "lora") == losses(unbroken / "run", "lora")
@@ -216,7 +221,7 @@ def test_killed_at_a_file_operation_the_same_command_ends_with_the_same_model(
 def test_a_finished_model_that_was_damaged_is_made_again(copy: Path, unbroken: Path) -> None:
     path = copy / "sft" / "model" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    again = sevenfold("sft", "--run", copy)
+    again = forked("sft", "--run", copy)
     assert again.returncode == 0, again.stderr
     assert "model.safetensors" in again.stderr
     assert "made again from the last checkpoint" in again.stderr
@@ -270,7 +275,7 @@ def test_no_secret_of_the_environment_is_kept(copy: Path, monkeypatch: pytest.Mo
         ("lora", "--run", copy, "--debug", "--set", f"sft.data.replay=https://u:{canary}@host/x"),
         ("download", "--source", f"https://u:{canary}@host/x"),
     ):
-        done = sevenfold(*arguments, *(() if "--run" in arguments else ("--run", copy)))
+        done = forked(*arguments, *(() if "--run" in arguments else ("--run", copy)))
         said.append(done.stdout + done.stderr)
         assert canary not in said[-1]
         assert done.returncode == (2 if len(said) > 1 else 0), said[-1]
@@ -314,7 +319,7 @@ def test_2_another_preset_than_the_runs(copy: Path) -> None:
 
 @pytest.mark.fault("K09")
 def test_2_a_changed_setting_of_a_finished_stage_is_named(copy: Path) -> None:
-    asked = sevenfold("dpo", "--run", copy, "--set", "dpo.beta=0.5")
+    asked = forked("dpo", "--run", copy, "--set", "dpo.beta=0.5")
     assert asked.returncode == 2
     assert "config.beta 0.1, now it is 0.5" in asked.stderr
     assert "--no-resume" in asked.stderr
@@ -323,7 +328,7 @@ def test_2_a_changed_setting_of_a_finished_stage_is_named(copy: Path) -> None:
 def test_3_a_stage_without_a_verdict_before_it(copy: Path) -> None:
     without(copy, "sft")
     (copy / "pretrain" / "verdict.json").unlink()
-    asked = sevenfold("sft", "--run", copy)
+    asked = forked("sft", "--run", copy)
     assert asked.returncode == 3
     assert "run scripts/11_evaluate.py pretrain, then scripts/12_check_gates.py" in asked.stderr
     assert not (copy / "sft").exists()
@@ -333,7 +338,7 @@ def test_3_a_verdict_that_was_edited(copy: Path) -> None:
     without(copy, "sft")
     path = copy / "pretrain" / "verdict.json"
     path.write_text(path.read_text().replace('"confidence": 0.95', '"confidence": 0.96') + " ")
-    asked = sevenfold("sft", "--run", copy)
+    asked = forked("sft", "--run", copy)
     assert asked.returncode == 3
     assert "changed after the gate wrote it" in asked.stderr
 
@@ -342,10 +347,10 @@ def test_3_a_verdict_that_was_edited(copy: Path) -> None:
 def test_3_a_refusing_gate_stops_the_run_and_force_is_recorded(copy: Path) -> None:
     without(copy, "sft")
     strict = write_gates(copy.parent, limit=0.001)
-    refused = sevenfold("run", "--run", copy, "--gates", strict, "--until", "sft")
+    refused = forked("run", "--run", copy, "--gates", strict, "--until", "sft")
     assert refused.returncode == 3
     assert (copy / "report.html").is_file()
-    forced = sevenfold("run", "--run", copy, "--gates", strict, "--force", "only a trial")
+    forced = forked("run", "--run", copy, "--gates", strict, "--force", "only a trial")
     assert forced.returncode == 0, forced.stderr
     for stage, count in (("sft", 1), ("dpo", 2), ("lora", 3)):
         record = json.loads((copy / stage / "record.json").read_text())
@@ -361,7 +366,7 @@ def test_4_a_flipped_bit_in_a_promoted_model(copy: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
-    asked = sevenfold("sft", "--run", copy)
+    asked = forked("sft", "--run", copy)
     assert asked.returncode == 4
     assert "model.safetensors: its SHA-256 is not the manifest's" in asked.stderr
 
@@ -371,7 +376,7 @@ def test_4_an_id_outside_the_vocabulary_in_data_of_ones_own(tmp_path: Path) -> N
     rows[4, 7] = 512
     (tmp_path / "packed").mkdir()
     np.save(tmp_path / "packed" / "mine.npy", rows)
-    asked = sevenfold(
+    asked = forked(
         "pretrain", "--config", write_recipe(tmp_path), "--run", tmp_path / "run",
         "--data", tmp_path / "packed",
     )  # fmt: skip
@@ -384,7 +389,7 @@ def test_0_packed_ids_of_ones_own_train_without_steps_01_to_03(tmp_path: Path) -
     rows = np.random.default_rng(0).integers(0, 512, (40, 128))
     (tmp_path / "packed").mkdir()
     np.save(tmp_path / "packed" / "mine.npy", rows)
-    done = sevenfold(
+    done = forked(
         "pretrain", "--config", write_recipe(tmp_path), "--run", tmp_path / "run",
         "--data", tmp_path / "packed",
     )  # fmt: skip
@@ -400,7 +405,7 @@ def test_4_an_empty_message_names_file_line_and_field(copy: Path, tmp_path: Path
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in (good, good, bad)))
     before = (copy / "data" / "sft" / "manifest.json").read_bytes()
-    asked = sevenfold("prepare-sft", "--run", copy, "--source", path)
+    asked = forked("prepare-sft", "--run", copy, "--source", path)
     assert asked.returncode == 4
     assert "rows.jsonl:3:messages" in asked.stderr
     assert (copy / "data" / "sft" / "manifest.json").read_bytes() == before
@@ -409,20 +414,20 @@ def test_4_an_empty_message_names_file_line_and_field(copy: Path, tmp_path: Path
 @pytest.mark.fault("B01", "B04")
 def test_5_all_checkpoints_damaged(copy: Path) -> None:
     without(copy, "sft")
-    assert sevenfold("sft", "--run", copy, faults="kill@step=9").returncode == -signal.SIGKILL
+    assert forked("sft", "--run", copy, faults="kill@step=9").returncode == -signal.SIGKILL
     for path in (copy / "sft" / "checkpoints").rglob("model.safetensors"):
         path.write_bytes(path.read_bytes()[:-1])
-    asked = sevenfold("sft", "--run", copy)
+    asked = forked("sft", "--run", copy)
     assert asked.returncode == 5
     assert "every checkpoint is damaged" in asked.stderr
-    assert sevenfold("sft", "--run", copy).returncode == 5
+    assert forked("sft", "--run", copy).returncode == 5
     assert "--no-resume" in asked.stderr
 
 
 @pytest.mark.fault("D01")
 def test_6_numbers_that_are_not_finite(copy: Path) -> None:
     without(copy, "dpo")
-    asked = sevenfold("dpo", "--run", copy, faults="nan@step=3")
+    asked = forked("dpo", "--run", copy, faults="nan@step=3")
     assert asked.returncode == 6
     assert "smaller schedule.peak_lr" in asked.stderr
 
@@ -430,7 +435,7 @@ def test_6_numbers_that_are_not_finite(copy: Path) -> None:
 @pytest.mark.fault("E02")
 def test_7_out_of_memory_at_micro_batch_one(copy: Path) -> None:
     without(copy, "lora")
-    asked = sevenfold("lora", "--run", copy, "--enable-oom-recovery", faults="oom@step=2:times=9")
+    asked = forked("lora", "--run", copy, "--enable-oom-recovery", faults="oom@step=2:times=9")
     assert asked.returncode == 7
     assert "out of memory at micro-batch 1 (step 2, seq_len 128" in asked.stderr
 
