@@ -10,7 +10,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.warm import Warm
+
 REPOSITORY = Path(__file__).parents[2]
+WARM = Warm(
+    *(f"sevenfold.workflow.{name}" for name in ("evaluation", "outside", "pipeline", "planning")),
+    *(f"sevenfold.workflow.{name}" for name in ("prepare", "steps", "workbench")),
+    *(f"sevenfold.workflow.{name}" for name in ("pretrain", "sft", "dpo", "lora")),
+    *("sevenfold.verify.report", "datasets", "peft", "torch._dynamo"),
+    "transformers.models.llama.modeling_llama",
+)
 VILLAGE = {
     "seed": 3,
     "num_documents": 600,
@@ -187,6 +196,14 @@ def sevenfold(
         cwd=cwd,
         check=False,
     )
+
+
+def forked(
+    *arguments: str | Path, faults: str = "", cwd: Path = REPOSITORY
+) -> subprocess.CompletedProcess[str]:
+    """Run a verb like `sevenfold`, in a fork of a process that has imported what it needs."""
+    function = "sevenfold.workflow.cli:main"
+    return WARM.call(function, *arguments, environment=environment(faults), cwd=cwd)
 
 
 def fingerprint(run: Path, stage: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.pipeline.miniature import STAGES, sevenfold
+from tests.pipeline.miniature import STAGES, forked, sevenfold
 
 pytestmark = pytest.mark.slow
 
@@ -31,9 +31,9 @@ def verdict(run: Path, stage: str) -> dict[str, Any]:
 
 def judge(run: Path, stage: str) -> dict[str, str]:
     """Measure and judge ``stage`` again, to be refused; return the checks that did not pass."""
-    measured = sevenfold("evaluate", stage, "--run", run)
+    measured = forked("evaluate", stage, "--run", run)
     assert measured.returncode == 0, measured.stderr
-    judged = sevenfold("check", stage, "--run", run)
+    judged = forked("check", stage, "--run", run)
     assert judged.returncode == 3, judged.stdout + judged.stderr
     checks = verdict(run, stage)["checks"]
     return {check["metric"]: check["result"] for check in checks if check["result"] != "pass"}
@@ -101,9 +101,9 @@ def test_an_adapter_trained_without_replay_is_stopped(demo: Path, tmp_path: Path
     assert 0 < len(ships) < len(rows)
     naive.write_text("".join(json.dumps(row) + "\n" for row in ships))
     sources = json.dumps([{"name": "ships", "path": str(naive), "licence": "CC0-1.0"}])
-    prepared = sevenfold("prepare-sft", "--run", run, "--set", f"lora.data.sources={sources}")
+    prepared = forked("prepare-sft", "--run", run, "--set", f"lora.data.sources={sources}")
     assert prepared.returncode == 0, prepared.stderr
-    trained = sevenfold("lora", "--run", run, "--no-resume", timeout_s=600)
+    trained = forked("lora", "--run", run, "--no-resume")
     assert trained.returncode == 0, trained.stderr
     failed = judge(run, "lora")
     assert failed["refusal_rate"] == "fail"

@@ -20,13 +20,13 @@ import pytest
 from tests.pipeline.miniature import (
     STAGES,
     fingerprint,
+    forked,
     losses,
     sevenfold,
     without,
     write_gates,
     write_recipe,
 )
-from tests.pipeline.warm import forked
 
 from sevenfold.verify.integrity import IN_RUN, IN_STAGE, NOT_COVERED, NOT_MISSED, examine
 from sevenfold.workflow import cli

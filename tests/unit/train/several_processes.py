@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
+import traceback
+import types
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ from tests.unit.train.test_loop import CONFIG, bench, tiny_model
 from sevenfold.base import faults
 from sevenfold.base.errors import SevenfoldError
 from sevenfold.data.batches import Batches
-from sevenfold.train import loop, optimizer, parallel, resuming
+from sevenfold.train import launch, loop, optimizer, parallel, resuming
 
 IN_8_BITS = dataclasses.replace(
     CONFIG,
@@ -65,9 +68,63 @@ def main(folder: Path, micro_batch: int, odd_rank: int, *how: str) -> None:
     loop.fit(made)
 
 
-if __name__ == "__main__":
+def run(arguments: list[str]) -> int:
+    """Train as the command line says; return the exit code."""
     try:
-        main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
+        main(Path(arguments[0]), int(arguments[1]), int(arguments[2]), *arguments[3:])
     except SevenfoldError as error:
         sys.stderr.write(f"{error}\n")
-        os._exit(error.exit_code)  # without waiting for the others' part of an exchange
+        return error.exit_code
+    return 0
+
+
+class Fork:
+    """A process of the launcher's that has imported everything already."""
+
+    def __init__(self, command: list[str], *, env: dict[str, str], pass_fds: tuple[int, ...]):
+        self.returncode: int | None = None
+        self._pid = os.fork()
+        if self._pid == 0:
+            code = 1
+            try:
+                os.environ.update(env)
+                code = run(command[command.index(__name__) + 1 :])
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+
+    def poll(self) -> int | None:
+        self._wait(os.WNOHANG)
+        return self.returncode
+
+    def wait(self) -> None:
+        self._wait(0)
+
+    def _wait(self, how: int) -> None:
+        if self.returncode is None:
+            ended, status = os.waitpid(self._pid, how)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self._pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def start() -> None:
+    """Train in a warm process, or in as many of its forks as the first word says."""
+    num_processes = int(sys.argv[1])
+    if num_processes == 1:
+        sys.exit(run(sys.argv[2:]))
+    launch.subprocess = types.SimpleNamespace(Popen=Fork)  # type: ignore[assignment]
+    sys.exit(launch.launch(["-m", __name__, *sys.argv[2:]], num_processes))
+
+
+if __name__ == "__main__":
+    os._exit(run(sys.argv[1:]))  # without waiting for the others' part of an exchange

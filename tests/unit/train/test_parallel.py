@@ -19,6 +19,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from tests.warm import Warm
 
 from sevenfold.base.errors import SevenfoldError, UsageError
 from sevenfold.base.storage import JsonLines
@@ -33,13 +34,16 @@ REPOSITORY = Path(__file__).parents[3]
 PYTHON_PATH = f"{REPOSITORY / 'src'}:{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"
 
 
+PROGRAM = "tests.unit.train.several_processes"
+WARM = Warm(PROGRAM, "torch._dynamo", "transformers.models.llama.modeling_llama")
+
+
 def train(folder: Path, num_processes: int, *options: str, micro_batch: int = 1) -> int:
-    """Train in so many processes; return the exit code."""
-    arguments = ["-m", "tests.unit.train.several_processes", str(folder)]
-    arguments += [str(micro_batch), *(options or ["-1"])]
-    if num_processes == 1:
-        return subprocess.run([sys.executable, *arguments], check=False, timeout=300).returncode
-    return launch(arguments, num_processes)
+    """Train in so many processes that have imported everything already; return the exit code."""
+    arguments = [str(num_processes), str(folder), str(micro_batch), *(options or ["-1"])]
+    done = WARM.call(f"{PROGRAM}:start", *arguments, environment=dict(os.environ))
+    sys.stderr.write(done.stderr)
+    return done.returncode
 
 
 def losses(folder: Path) -> list[float]:
@@ -447,7 +451,7 @@ def test_a_killed_process_is_named_and_the_same_command_goes_on(
     """
     monkeypatch.setattr(launching, "GRACE_S", 10.0)
     monkeypatch.setenv("SEVENFOLD_FAULTS", "kill@step=13:rank=1")
-    assert train(tmp_path, 2) not in (0, 75)
+    assert launch(["-m", PROGRAM, str(tmp_path), "1", "-1"], 2) not in (0, 75)
     last_sign_of_life_s = (tmp_path / "metrics.jsonl").stat().st_mtime
     assert time.time() - last_sign_of_life_s < 25
     assert "process 1 of 2 was ended by SIGKILL after step 13" in caplog.text
