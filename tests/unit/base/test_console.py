@@ -157,8 +157,8 @@ def test_the_log_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> N
 TALK = """
 from sevenfold.base import console
 from sevenfold.base.errors import without_secrets
-for number in range(20000):
-    console.print_line(f"line {number}")
+for number in range(2000):
+    console.print_line(f"line {number}".ljust(100))
 console.print_raw("the end")
 console.detach_output()
 import sys
@@ -174,7 +174,7 @@ def test_a_reader_that_goes_away_stops_nothing() -> None:
     with process:
         assert process.stdout is not None
         assert process.stderr is not None
-        assert process.stdout.readline() == "line 0\n"
+        assert process.stdout.readline() == f"{'line 0':100}\n"
         process.stdout.close()
         assert process.stderr.read() == "reached the end\n"
     assert process.returncode == 0
