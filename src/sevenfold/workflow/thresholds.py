@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -39,7 +40,9 @@ def require_known_gates(run: Run, recipe: Recipe, gates_file: Path) -> gates.Gat
     return found
 
 
+@functools.cache
 def _evaluate_section(path: Path) -> EvaluateConfig:
+    """Read what a preset measures; in a whole run every stage asks for that of each preset."""
     values = read_yaml(path)
     lines = {at[1:]: line for at, line in values.lines.items() if at[:1] == ("evaluate",)}
     return build(EvaluateConfig, Document(values.get("evaluate", {}), values.path, lines))
