@@ -50,16 +50,21 @@ class _Product(torch.autograd.Function):
 class SharedInput:
     """What the A of several layers make of one input, computed when the first layer asks.
 
-    Held from then until the last has asked; another input is another product.
+    Held from then until the last has asked; another input is another product. Where a forward
+    pass ends in between, all of its activations hang on what is held: see :func:`forget`.
     """
 
     def __init__(self, layers: list[Any]):
         """Be what ``layers``, PEFT's, ask."""
         self._layers = layers
-        self._input: Tensor | None = None
-        self._waiting: dict[int, Tensor] = {}
+        self.forget()
         for number, layer in enumerate(layers):
             layer.shared_input, layer.number = self, number
+
+    def forget(self) -> None:
+        """Hold nothing."""
+        self._input: Tensor | None = None
+        self._waiting: dict[int, Tensor] = {}
 
     def inner(self, number: int, input: Tensor) -> Tensor:
         """Return [..., r] for layer ``number`` and the very tensor [..., i] that it was given."""
@@ -132,3 +137,10 @@ def share_inputs(model: nn.Module) -> None:
         SharedInput(layers)
     # As for FP8: compiled layers are cached as what they were traced to.
     functorch.autograd_cache_allow_custom_autograd_functions = True
+
+
+def forget(model: nn.Module) -> None:
+    """Let go of what layers of ``model`` hold of a forward pass that ended between two of them."""
+    for module in model.modules():
+        if isinstance(shared := getattr(module, "shared_input", None), SharedInput):
+            shared.forget()

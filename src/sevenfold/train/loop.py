@@ -18,7 +18,7 @@ from sevenfold.base.errors import DivergedError, MemoryExhaustedError, StoppedEr
 from sevenfold.base.hardware import OOMHandler, peak_memory_gib, release_memory
 from sevenfold.base.storage import JsonLines
 from sevenfold.data.batches import Batch, Batches
-from sevenfold.model import accumulating, float8
+from sevenfold.model import accumulating, adapting, float8
 from sevenfold.objective.next_token import Objective, Scorer
 from sevenfold.train import checkpoint, launch, optimizer, parallel, replicas, resuming
 from sevenfold.train.config import TrainConfig
@@ -195,6 +195,7 @@ def _fitting(bench: Workbench, step: int, length: int, compute: Callable[[], T])
         launch.start_again_if_several(bench.processes, bench.memory.micro_batch)
         checkpoint.restore_random_state(random)
         bench.optimizer.zero_grad(set_to_none=True)
+        adapting.forget(bench.scorer)
         release_memory()
 
 

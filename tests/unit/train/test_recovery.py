@@ -6,13 +6,22 @@ import dataclasses
 import json
 import math
 import threading
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.unit.train.test_loop import CONFIG, assert_equal, bench, failing, losses, weights
+from tests.unit.train.test_loop import (
+    CONFIG,
+    assert_equal,
+    bench,
+    failing,
+    losses,
+    tiny_model,
+    weights,
+)
 
 from sevenfold.base.errors import (
     CheckpointError,
@@ -21,6 +30,8 @@ from sevenfold.base.errors import (
     SevenfoldError,
     UsageError,
 )
+from sevenfold.model.config import LoRAAdapterConfig
+from sevenfold.model.lora import add_adapter
 from sevenfold.objective.next_token import NEXT_TOKEN, Objective
 from sevenfold.train import loop, parallel, resuming
 from sevenfold.train.recovery import Decisions, StepGuard
@@ -258,6 +269,30 @@ def test_out_of_memory_in_the_optimizer_is_not_tried_again(tmp_path: Path) -> No
     with pytest.raises(MemoryExhaustedError, match=r"step 1: .*in the optimizer .*smaller micro_b"):
         loop.fit(made)
     assert made.checkpoints.steps() == []
+
+
+@pytest.mark.fault("E01")
+def test_out_of_memory_between_two_adapters_of_one_input_leaves_nothing_behind(
+    tmp_path: Path,
+) -> None:
+    """The input that they share holds all activations before it, of micro-batches twice as long."""
+    shape = LoRAAdapterConfig(r=2, alpha=4.0, dropout=0.0, targets="all-linear")
+    config = dataclasses.replace(CONFIG, duration=dataclasses.replace(CONFIG.duration, steps=1))
+    made = bench(tmp_path, config=config, model=add_adapter(tiny_model().bfloat16(), shape))
+    last = made.scorer.causal_model.get_decoder().layers[1]
+    inputs: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+
+    def fail_once(_: Any, given: tuple[torch.Tensor]) -> None:
+        inputs.append(weakref.ref(given[0]))
+        if len(inputs) == 1:
+            raise torch.OutOfMemoryError("fake")
+
+    last.mlp.up_proj.register_forward_pre_hook(fail_once)
+    last.register_forward_pre_hook(lambda *_: alive.extend(each() is not None for each in inputs))
+    loop.fit(made)
+    assert made.decisions.micro_batches == [(0, 1)]
+    assert not alive[0]
 
 
 @pytest.mark.fault("E08")
