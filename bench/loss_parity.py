@@ -353,13 +353,13 @@ def _compared(
 
 
 def _stopped(curves: dict[str, list[Run]], *names: str) -> str:
-    """Say which of these variants did not come to their end, and how far they came."""
-    steps = {
-        name: max((row["step"] for row in rows if "loss" in row), default=0)
-        for name in names
-        for rows in curves[name]
-        if not any(row.get("event") == "done" for row in rows)
-    }
+    """Say which of these variants did not come to their end, and how far all their runs came."""
+    steps: dict[str, int] = {}
+    for name in names:
+        for rows in curves[name]:
+            if not any(row.get("event") == "done" for row in rows):
+                last = max((row["step"] for row in rows if "loss" in row), default=0)
+                steps[name] = min(last, steps.get(name, last))
     stopped = " and ".join(f"{name} stopped after step {step}" for name, step in steps.items())
     return stopped and f"not judged: {stopped}"
 
