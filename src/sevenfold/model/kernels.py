@@ -26,9 +26,9 @@ log = logging.getLogger(__name__)
 
 # Layers compiled one by one, and the head of `objective.linear_cross_entropy` that keeps logits.
 PLAIN = KernelConfig(liger=False, cce=False)
-# What trains the 7B fastest, as far as was measured: on an H100, whose chip an H200 has, too.
-# docs/performance.md, "What `auto` takes for kernels", has the figures. In whole steps CCE was
-# slower than kept logits, and Liger's kernels slower than what the compiler makes of the layers.
+# What trains the 7B fastest, as far as was measured: in whole steps CCE was slower than kept logits
+# (on an H100), and Liger's kernels slower than what the compiler makes of the layers (on an H200,
+# with the same chip). docs/performance.md, "What `auto` takes for kernels", has the figures.
 FASTEST = {"H100": PLAIN, "H200": PLAIN}
 
 _built_models: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
