@@ -142,7 +142,7 @@ class Checkpoints:
         """
         try:
             self.finish()
-        except SevenfoldError as failure:
+        except (SevenfoldError, RuntimeError, OSError) as failure:  # the disk, or a GPU
             if error is None:
                 raise
             log.error("%s", failure)

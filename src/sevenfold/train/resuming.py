@@ -72,7 +72,8 @@ def _require_same_job(bench: Workbench) -> None:
     if name := bench.processes.first_difference(facts):
         raise UsageError(
             f"{bench.stage}: {name} is not the same in all {bench.processes.world} processes (here "
-            f"{facts.get(name, sorted(facts))}); start them all with the same files and flags"
+            f"{facts.get(name, sorted(facts))}); start them all with the same files and flags, "
+            "on nodes that see the same run folder"
         )
 
 
