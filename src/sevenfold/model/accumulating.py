@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sevenfold.model.remembered import Remembered
+
 
 @torch.library.custom_op(
     "sevenfold::add_product",
@@ -84,11 +86,17 @@ def accumulate_in_products(model: nn.Module) -> None:
     for name, module in list(decoder.named_modules()):
         if type(module) is nn.Linear and module.weight.requires_grad:
             decoder.set_submodule(name, AccumulatingLinear(module))
+    _layers.forget()
+
+
+@Remembered
+def _layers(model: nn.Module) -> list[AccumulatingLinear]:
+    return [module for module in model.modules() if isinstance(module, AccumulatingLinear)]
 
 
 def begin_step(model: nn.Module) -> None:
     """Begin the gradients of a step, or begin them again."""
-    layers = [module for module in model.modules() if isinstance(module, AccumulatingLinear)]
+    layers = _layers(model)
     if layers:
         torch._foreach_zero_([layer.total for layer in layers])
     for layer in layers:

@@ -32,6 +32,7 @@ from sevenfold.model.float8_linear import (
     scale_for,
     transposed,
 )
+from sevenfold.model.remembered import Remembered
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ def convert_to_float8(model: nn.Module, *, emulate: bool = False) -> nn.Module:
     functorch.autograd_cache_allow_custom_autograd_functions = True
     decoder.add_module(NAME, Scalings(linears))
     decoder.register_forward_pre_hook(_refresh)
+    _scalings_of.forget()
     log.info("fp8: %d linear layers converted", len(linears))
     return model
 
@@ -134,6 +136,7 @@ def convert_with_torchao(
         config=dataclasses.replace(recipe, emulate=emulate, enable_fsdp_float8_all_gather=sharded),
         module_filter_fn=lambda module, name: name in chosen,
     )
+    _is_torchaos.forget()
     log.info("fp8: %d linear layers converted with torchao's tensorwise recipe", len(chosen))
     return model
 
@@ -269,8 +272,16 @@ def _refresh(decoder: nn.Module, _: Any) -> None:
     scalings.refresh()
 
 
+@Remembered
 def _scalings_of(model: nn.Module) -> Scalings | None:
     return next((module for module in model.modules() if isinstance(module, Scalings)), None)
+
+
+@Remembered
+def _is_torchaos(model: nn.Module) -> bool:
+    from torchao.float8.float8_linear import Float8Linear as TorchaosLinear
+
+    return any(isinstance(module, TorchaosLinear) for module in model.modules())
 
 
 def begin_step(model: nn.Module) -> None:
@@ -303,7 +314,8 @@ def scale_sharded_weights(model: nn.Module) -> None:
 
     To be called whenever weights have changed: they are cast by these until it is called again.
     """
-    if torchao := sys.modules.get("torchao.float8"):  # else nothing was converted with it
+    torchao = sys.modules.get("torchao.float8")  # else nothing was converted with it
+    if torchao and _is_torchaos(model):
         torchao.precompute_float8_dynamic_scale_for_fsdp(model)
 
 

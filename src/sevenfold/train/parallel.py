@@ -289,7 +289,7 @@ def num_averaged(model: nn.Module, processes: Processes) -> int:
 
     So these are as large as in one process, and FP8 goes on with the scales of another number.
     """
-    return 1 if is_whole(model) else processes.world
+    return 1 if processes.world == 1 or is_whole(model) else processes.world
 
 
 def is_whole(model: nn.Module) -> bool:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sevenfold.model import float8
+from sevenfold.model.remembered import Remembered
 
 SHARE = "share"
 
@@ -23,6 +24,7 @@ def share_out(model: nn.Module, mesh: Any) -> None:
     """Give this process its rows of every trained parameter, on a ``mesh`` of one dimension."""
     for parameter in _trained_wholes(model).values():
         setattr(parameter, SHARE, _share(parameter.detach(), mesh))
+    _shared.forget()
 
 
 def trained(model: nn.Module) -> dict[str, Any]:
@@ -34,6 +36,7 @@ def _trained_wholes(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+@Remembered
 def _shared(model: nn.Module) -> list[tuple[nn.Parameter, Any]]:
     wholes = _trained_wholes(model).values()
     return [(p, getattr(p, SHARE)) for p in wholes if hasattr(p, SHARE)]
