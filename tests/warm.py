@@ -22,6 +22,16 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 
 
+def forks_work() -> bool:
+    """Say whether to call :class:`Warm`: not where there are GPUs.
+
+    Libraries may ask the driver about them when they are imported, after which a fork has none.
+    """
+    import torch
+
+    return not torch.cuda.device_count()
+
+
 class Warm:
     """A process that imports ``modules`` when it is first asked for a fork."""
 

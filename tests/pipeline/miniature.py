@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.warm import Warm
+from tests.warm import Warm, forks_work
 
 REPOSITORY = Path(__file__).parents[2]
 WARM = Warm(
@@ -202,6 +202,8 @@ def forked(
     *arguments: str | Path, faults: str = "", cwd: Path = REPOSITORY
 ) -> subprocess.CompletedProcess[str]:
     """Run a verb like `sevenfold`, in a fork of a process that has imported what it needs."""
+    if not forks_work():
+        return sevenfold(*arguments, faults=faults, cwd=cwd)
     function = "sevenfold.workflow.cli:main"
     return WARM.call(function, *arguments, environment=environment(faults), cwd=cwd)
 

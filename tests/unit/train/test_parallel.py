@@ -19,7 +19,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from tests.warm import Warm
+from tests.warm import Warm, forks_work
 
 from sevenfold.base.errors import SevenfoldError, UsageError
 from sevenfold.base.storage import JsonLines
@@ -39,9 +39,15 @@ WARM = Warm(PROGRAM, "torch._dynamo", "transformers.models.llama.modeling_llama"
 
 
 def train(folder: Path, num_processes: int, *options: str, micro_batch: int = 1) -> int:
-    """Train in so many processes that have imported everything already; return the exit code."""
-    arguments = [str(num_processes), str(folder), str(micro_batch), *(options or ["-1"])]
-    done = WARM.call(f"{PROGRAM}:start", *arguments, environment=dict(os.environ))
+    """Train in so many processes, which have imported everything already; return the exit code."""
+    arguments = [str(folder), str(micro_batch), *(options or ["-1"])]
+    if not forks_work():
+        command = ["-m", PROGRAM, *arguments]
+        if num_processes > 1:
+            return launch(command, num_processes)
+        return subprocess.run([sys.executable, *command], check=False, timeout=300).returncode
+    asked = [str(num_processes), *arguments]
+    done = WARM.call(f"{PROGRAM}:start", *asked, environment=dict(os.environ))
     sys.stderr.write(done.stderr)
     return done.returncode
 
