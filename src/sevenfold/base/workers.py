@@ -10,7 +10,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
@@ -49,9 +50,14 @@ def share(
     pool = ProcessPoolExecutor(
         workers, mp_context=multiprocessing.get_context("spawn"), initializer=_become_worker
     )
-    waiting = [pool.submit(perform, task) for task in tasks]
-    processes = sorted(set(multiprocessing.active_children()) - others, key=lambda p: p.name)
+    processes: set[BaseProcess] = set()
     try:
+        waiting = []
+        for task in tasks:
+            waiting.append(pool.submit(perform, task))
+            if len(processes) < workers:  # it starts them one by one, as tasks come
+                processes.update(multiprocessing.active_children())
+                processes -= others
         for future in waiting:
             yield future.result()
         pool.shutdown()
@@ -61,8 +67,20 @@ def share(
         pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             process.terminate()
-        for process in processes:
-            process.join(JOIN_TIMEOUT_S)
+        _join(processes)
+
+
+def _join(processes: Collection[BaseProcess]) -> None:
+    """Wait until all have ended and how is known.
+
+    The pool's thread joins them too. Where it was faster, ``join`` here returns at once, knowing
+    nothing until that thread has noted the exit code.
+    """
+    give_up_s = time.monotonic() + JOIN_TIMEOUT_S
+    for process in processes:
+        while process.exitcode is None and time.monotonic() < give_up_s:
+            process.join(0.1)
+            time.sleep(0.001)
 
 
 def _become_worker() -> None:
@@ -79,9 +97,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _what_ended(processes: Sequence[BaseProcess]) -> str:
-    for process in processes:
-        process.join(JOIN_TIMEOUT_S)
+def _what_ended(processes: Collection[BaseProcess]) -> str:
+    _join(processes)
     usual = (None, 0, -signal.SIGTERM)  # SIGTERM is what ends the others then
     ended = [process for process in processes if process.exitcode not in usual]
     found = "a worker process ended"

@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from multiprocessing import popen_fork
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,34 @@ def test_a_workers_refusal_is_ours() -> None:
     with pytest.raises(BadDataError, match="number 0 is bad; give another"):
         list(workers.share(worker_tasks.refuse, range(3), workers=2))
     assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_the_pools_thread_joined_first_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """CPython's thread of the pool joins too, and notes an exit code after the system forgot it."""
+
+    plain = popen_fork.Popen.poll
+
+    def poll(process: popen_fork.Popen, flag: int = os.WNOHANG) -> int | None:
+        if process.returncode is not None or flag == os.WNOHANG:
+            return plain(process, flag)
+        if threading.current_thread() is threading.main_thread():
+            time.sleep(0.05)  # the pool's thread is first
+        try:
+            _, status = os.waitpid(process.pid, flag)
+        except OSError:
+            return None
+        time.sleep(0.2)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        return process.returncode
+
+    monkeypatch.setattr(popen_fork.Popen, "poll", poll)
+    with pytest.raises(BadDataError, match="number 0 is bad; give another"):
+        list(workers.share(worker_tasks.refuse, range(3), workers=2))
+    assert not multiprocessing.active_children()
+    with pytest.raises(SevenfoldError, match=r"worker process \d+ ended by SIGKILL .*fewer --work"):
+        list(workers.share(worker_tasks.die, range(5), workers=2))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
