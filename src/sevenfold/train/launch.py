@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from sevenfold.base import faults
 from sevenfold.base.errors import SevenfoldError, StoppedError
@@ -28,6 +28,7 @@ GRACE_S = 45.0
 START_AGAIN_S = 30.0
 # Where a process writes what it is doing.
 HEARTBEAT_VARIABLE = "SEVENFOLD_HEARTBEAT"
+STARTING = "starting"
 
 
 class StartAgainError(StoppedError):
@@ -117,7 +118,7 @@ class _Child:
             [sys.executable, *arguments], env={**environment, **own}, pass_fds=(writing,)
         )
         os.close(writing)
-        self.doing = "starting"
+        self.doing = STARTING
         self.heard_at_s = time.monotonic()
 
     def listen(self) -> None:
@@ -138,13 +139,14 @@ class _Child:
 
 
 def _launch_once(arguments: list[str], num_processes: int, patience_s: float) -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # The processes meet here, as torchrun's do. A port looked for and let go for the first of them
+    # to take could be another program's by then.
+    meeting_place = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(meeting_place.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
         "WORLD_SIZE": str(num_processes),
         "LOCAL_WORLD_SIZE": str(num_processes),
     }
@@ -158,20 +160,26 @@ def _launch_once(arguments: list[str], num_processes: int, patience_s: float) ->
             child.process.send_signal(number)
 
     try:
-        for rank in range(num_processes):
-            children.append(_Child(arguments, rank, environment))
         # Ctrl-C too: to be interrupted here would end the processes in the middle of saving.
         for number in (signal.SIGTERM, signal.SIGINT):
             previous[number] = signal.signal(number, pass_on)
+        for rank in range(num_processes):
+            children.append(_Child(arguments, rank, environment))
+            if passed_on:  # it may have come before this one was there to be told
+                children[-1].process.send_signal(passed_on[-1])
+                break
         code = _first_failure(children, patience_s)
-        if passed_on and code == StartAgainError.exit_code:
-            return StoppedError.exit_code  # those that start again would not know of the signal
-        return code
+        # Those that start again would not know of the signal; those that Python ends while they
+        # start, by the signal or with 1, had not begun to listen for it.
+        unheard = [child.process.returncode for child in children if child.doing == STARTING]
+        early = code in unheard and (code == 1 or -code in passed_on)
+        stopped = early or code == StartAgainError.exit_code
+        return StoppedError.exit_code if passed_on and stopped else code
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
         for child in children:
             child.end()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _first_failure(children: list[_Child], patience_s: float) -> int:

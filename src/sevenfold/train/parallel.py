@@ -92,11 +92,11 @@ def join() -> Processes:
 
     Errors:
         UsageError: they do not meet, there are too few GPUs, SEVENFOLD_PATIENCE_S is not a number
-            of seconds, or LOCAL_WORLD_SIZE does not say how many run on each node.
+            of seconds, LOCAL_WORLD_SIZE does not say how many run on each node, or LOCAL_RANK which
+            of its GPUs is whose.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = training_device(local_rank)
+    device = training_device(_local_rank(world))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world == 1:
@@ -119,6 +119,18 @@ def join() -> Processes:
             "set it"
         )
     return joined
+
+
+def _local_rank(world: int) -> int:
+    num_gpus = torch.cuda.device_count()
+    text = os.environ.get("LOCAL_RANK", "" if world > 1 and num_gpus > 1 else "0")
+    if not text.isdecimal():
+        raise UsageError(
+            f"LOCAL_RANK '{text}': {num_gpus} GPUs are visible to one of {world} processes, and "
+            "this must say which one is its own, counted from 0 on each node; torchrun and "
+            "scripts/slurm_train.sbatch set it"
+        )
+    return int(text)
 
 
 def _meet(world: int, device: torch.device) -> None:

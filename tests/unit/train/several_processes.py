@@ -87,6 +87,8 @@ class Fork:
         if self._pid == 0:
             code = 1
             try:
+                for number in (signal.SIGTERM, signal.SIGINT):  # not the launcher's handlers
+                    signal.signal(number, signal.SIG_DFL)
                 os.environ.update(env)
                 code = run(command[command.index(__name__) + 1 :])
             except BaseException:

@@ -63,9 +63,13 @@ def checkpoints(folder: Path) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Children import the package and the tests from here."""
+    """Children import the package and the tests from here.
+
+    What joins in this very process has the first GPU, of however many there are.
+    """
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setenv("PYTHONPATH", PYTHON_PATH)
+    monkeypatch.setenv("LOCAL_RANK", "0")
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +123,42 @@ time.sleep(60)
     assert launch(["-c", script], 2) == 4
 
 
-def test_those_that_were_told_to_stop_are_not_started_again(tmp_path: Path) -> None:
-    """One runs out of memory in the step in which all are to stop."""
+def test_processes_meet_at_a_port_that_is_never_let_go() -> None:
+    script = """
+import os, socket
+socket.create_connection(("127.0.0.1", int(os.environ["MASTER_PORT"])), 5).close()
+"""
+    assert launch(["-c", script], 2) == 0
+
+
+def test_a_signal_while_processes_are_being_started_stops_those_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[launching._Child] = []
+    start = launching._Child.__init__
+
+    def interrupted(child: launching._Child, *asked: object) -> None:
+        start(child, *asked)  # type: ignore[arg-type]
+        started.append(child)
+        signal.raise_signal(signal.SIGTERM)
+
+    unhandled: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: unhandled.append(number))
+    monkeypatch.setattr(launching._Child, "__init__", interrupted)
+    try:
+        assert launch(["-c", "import time; time.sleep(60)"], 2) == 75
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not unhandled
+    assert [child.process.returncode for child in started] == [-signal.SIGTERM]
+
+
+@pytest.mark.parametrize(("code", "said"), [(76, 75), (1, 75), (4, 4), (0, 0)])
+def test_those_that_were_told_to_stop_have_stopped(tmp_path: Path, code: int, said: int) -> None:
+    """Though one runs out of memory in that very step, or was still starting, which Python ends.
+
+    Bad data, or the end of all work, is said as it is.
+    """
     ready = tmp_path / "ready"
     script = f"""
 import signal, sys, time
@@ -128,7 +166,7 @@ from pathlib import Path
 
 if Path({str(ready)!r}).exists():
     sys.exit(3)
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(76))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit({code}))
 Path({str(ready)!r}).touch()
 time.sleep(60)
 """
@@ -140,7 +178,7 @@ time.sleep(60)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    assert launch(["-c", script], 1) == 75
+    assert launch(["-c", script], 1) == said
     thread.join()
 
 
@@ -296,6 +334,22 @@ def test_how_many_processes_run_on_each_node_has_to_be_said(
         UsageError,
         match=rf"LOCAL_WORLD_SIZE '{per_node or ''}': of 8 .* as many must run on each node, and "
         "this must say how many; torchrun and scripts/slurm_train.sbatch set it",
+    ):
+        parallel.join()
+
+
+@pytest.mark.parametrize("local_rank", [None, "first"])
+def test_which_gpu_is_whose_has_to_be_said(
+    local_rank: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else all of them would take the first."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(
+        UsageError, match=rf"LOCAL_RANK '{local_rank or ''}': 2 GPUs .* counted from 0 .* set it"
     ):
         parallel.join()
 
