@@ -70,23 +70,27 @@ class Checkpoints:
         """Folder of the checkpoint of ``step``."""
         return self.folder / f"step-{step:08d}"
 
-    def require_room(self, size_bytes: int) -> None:
+    def require_room(self, size_bytes: int, num_to_come: int) -> None:
         """Refuse to start where the disk cannot hold what is to be kept, and one being written.
+
+        ``num_to_come`` will be written if nothing interrupts: a short run keeps fewer.
 
         Errors:
             UsageError: it cannot; the message has the sizes.
         """
         parent = next(path for path in (self.folder, *self.folder.parents) if path.is_dir())
-        files = [path for step in self.steps() for path in self.path(step).rglob("*")]
+        steps = self.steps()
+        files = [path for step in steps for path in self.path(step).rglob("*")]
         present = sum(path.stat().st_size for path in files if path.is_file())
-        needed = size_bytes * (self.keep + self.keep_best + 1) - present
+        count = min(self.keep + self.keep_best, len(steps) + num_to_come) + 1
+        needed = size_bytes * count - present
         free = shutil.disk_usage(parent).free
         if needed > free:
             raise UsageError(
-                f"{self.folder}: {self.keep + self.keep_best + 1} checkpoints of "
-                f"{size_bytes / 2**30:.2f} GiB (those kept, and one being written) need "
-                f"{needed / 2**30:.2f} GiB more, {free / 2**30:.2f} GiB are free; set a smaller "
-                "keep_checkpoints, or choose a --run folder on a larger disk"
+                f"{self.folder}: {count} checkpoints of {size_bytes / 2**30:.2f} GiB (those kept, "
+                f"and one being written) need {needed / 2**30:.2f} GiB more, "
+                f"{free / 2**30:.2f} GiB are free; set a smaller keep_checkpoints, or choose a "
+                "--run folder on a larger disk"
             )
 
     def reserve(self, parts: Parts) -> None:
