@@ -1,6 +1,6 @@
 """Recall and precision of decontamination: real evaluation items planted into real texts and rows.
 
-python bench/decontamination.py --data ../shared/data --seed 1 --items 60
+python bench/decontamination.py --data DATA --seed 1 --items 60
 
 Every planted item is written in one of several ways into a text of its own (C4, a book) or becomes
 a row (Dolly, HH). What is found without planting is counted too, and printed to be looked at.

@@ -24,6 +24,11 @@ from collections.abc import Iterable
 _USER_INFO = re.compile(r"(\b[a-zA-Z][\w+.-]+:/{1,2})[^/\s@\"']+@")
 
 
+def install_command(extra: str) -> str:
+    """Return the command, in the project's folder, that adds what an extra brings."""
+    return f"pip install -e '.[{extra}]'"
+
+
 class SevenfoldError(Exception):
     """A mistake or a situation that the user can do something about."""
 

@@ -37,7 +37,8 @@ class ChatDataConfig:
 
     ``weights`` (one a source; null: all 1) are passes over each source per pass over the data: 2.5
     takes every row twice and half of them a third time. ``max_length`` bounds the tokens of what
-    stands in one row: a conversation, or a pair with its prompt twice and both answers. At most
+    stands in one row: a conversation, or a pair with its prompt twice and both answers, of which
+    each with its prompt is bounded by what the model reads, too. At most
     ``max_bad_rows`` rows are left out and listed; with 0 the first one stops the preparation.
     ``rules`` say which good rows are left out; null: none.
     """
@@ -133,7 +134,8 @@ def _render(
     template = tokenizer.chat_template
     if not isinstance(template, str):
         raise UsageError(
-            f"{_name(tokenizer)}: no chat template; add chat_template.jinja beside tokenizer.json"
+            f"{_name(tokenizer)}: no chat template; add chat_template.jinja beside tokenizer.json "
+            "(docs/DATA_FORMATS.md, section 4, has one for base models)"
         )
     contents = [message["content"] for message in messages]
     break_mark, begin, end = _unused_characters([*contents, template, *unused_in], 3)

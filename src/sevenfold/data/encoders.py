@@ -22,9 +22,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sevenfold.base.errors import install_command
+
 Engine = Literal["gigatoken", "tokenizers"]
 
-INSTALL_GIGATOKEN = "pip install 'sevenfold[data]'"
+INSTALL_GIGATOKEN = install_command("data")
 NUM_HARD_TEXTS = 400
 # Where gigatoken 0.10 and tokenizers 0.23 cut words differently: bench/code_points.py looks at all
 # 1,112,064 code points in eight surroundings.

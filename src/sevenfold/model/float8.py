@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._functorch import config as functorch
 
-from sevenfold.base.errors import UsageError
+from sevenfold.base.errors import UsageError, install_command
 from sevenfold.model import many_tensors
 from sevenfold.model.float8_linear import (
     DIVISOR,
@@ -37,7 +37,7 @@ from sevenfold.model.remembered import Remembered
 log = logging.getLogger(__name__)
 
 NEEDED_CAPABILITY = (8, 9)
-INSTALL = "pip install 'sevenfold[fp8]'"
+INSTALL = install_command("fp8")
 # Steps whose largest magnitude, the largest of all, decides the scale of the next.
 # Source: Transformer Engine's delayed scaling recipe, with the length of its tutorial
 # (DelayedScaling(fp8_format=Format.HYBRID, amax_history_len=16, amax_compute_algo="max")).

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sevenfold.base.errors import UsageError
+from sevenfold.base.errors import UsageError, install_command
 
 log = logging.getLogger(__name__)
 
-INSTALL = "pip install 'sevenfold[qlora]'"
+INSTALL = install_command("qlora")
 
 
 def require_four_bits() -> Any:

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sevenfold.base import storage
-from sevenfold.base.errors import UsageError
+from sevenfold.base.errors import UsageError, install_command
 from sevenfold.data.tokenizer import END, load_tokenizer, word_pattern
 
-INSTALL = "pip install 'sevenfold[gguf]'"
+INSTALL = install_command("gguf")
 WEIGHT_TYPES = ("f32", "f16", "bf16", "q8_0")
 STORED_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 BLOCK = 32  # values that share a scale in q8_0

@@ -14,7 +14,7 @@ import weakref
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from sevenfold.base.errors import UsageError
+from sevenfold.base.errors import UsageError, install_command
 from sevenfold.model.config import KernelConfig
 
 if TYPE_CHECKING:
@@ -162,5 +162,5 @@ def _import(module: str, setting: str) -> ModuleType | Any:
     except ImportError as error:
         raise UsageError(
             f"kernels.{setting}: cannot import {module} ({error}); install it with "
-            f"pip install 'sevenfold[kernels]', or set kernels.{setting}=false"
+            f"{install_command('kernels')}, or set kernels.{setting}=false"
         ) from error

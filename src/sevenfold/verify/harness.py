@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, cast
 import jinja2
 
 from sevenfold.base.config import fingerprint, read_yaml
-from sevenfold.base.errors import BadDataError, UsageError
+from sevenfold.base.errors import BadDataError, UsageError, install_command
 from sevenfold.data.row_files import read_file
 from sevenfold.verify import likelihood
 from sevenfold.verify.config import HARNESS_METRICS, TaskConfig
@@ -36,7 +36,7 @@ from sevenfold.verify.tasks import Item, Task
 if TYPE_CHECKING:
     from sevenfold.verify.measures import ItemResult, Subject
 
-INSTALL = "pip install 'sevenfold[eval]'"
+INSTALL = install_command("eval")
 _CODE_KEYS = ("class", "include", "group", "unsafe_code", "process_docs", "custom_dataset")
 _FEWSHOT_SEED = 1234  # the harness's own
 # What the harness raises over a task it cannot build or run: nothing narrower is documented.

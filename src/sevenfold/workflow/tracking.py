@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sevenfold.base.errors import UsageError
+from sevenfold.base.errors import UsageError, install_command
 from sevenfold.workflow.training import Job
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 60.0
 TENSORBOARD = "tensorboard"
-INSTALL = "pip install 'sevenfold[tensorboard]'"
+INSTALL = install_command("tensorboard")
 
 
 class Tracker:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,19 @@ def test_every_answer_carries_loss_and_nothing_else(tokenizer: Any) -> None:
     learnt = [tokenizer.decode(i) for i, m in zip(found, mask, strict=True) if m]
     assert found_silent == found
     assert "".join(learnt) == " On the mat.<|end|>"
+
+
+def test_the_template_for_base_models_marks_answers_and_appends(tokenizer: Any) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "DATA_FORMATS.md").read_text(encoding="utf-8")
+    base = copy.deepcopy(tokenizer)
+    base.chat_template = page.split("```jinja\n")[1].split("\n```")[0]
+    found, mask = render(base, [says("system", "Sit."), *CHAT])
+    assert found.count(BOS) == 1
+    learnt = [base.decode(i) for i, m in zip(found, mask, strict=True) if m]
+    assert "".join(learnt) == f" A red hat.{base.eos_token} On the mat.{base.eos_token}"
+    prompt, answer = render_answer(base, CHAT[:3], "On the mat.")
+    assert [*prompt, *answer] == render(base, CHAT)[0][: len(prompt) + len(answer)]
+    assert answer[-1] == EOS
 
 
 @pytest.mark.fault("H07")

@@ -142,7 +142,7 @@ def test_without_the_fast_one_people_are_told_how_to_get_it(
     monkeypatch.setattr(importlib.metadata, "version", absent)
     found = encoders.choose(backend_json, [])
     assert found.engine == "tokenizers"
-    assert "not installed (pip install 'sevenfold[data]')" in str(found.why)
+    assert "not installed (pip install -e '.[data]')" in str(found.why)
 
 
 @needs_gigatoken

@@ -98,6 +98,6 @@ def test_an_a100_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.fault("K12")
 def test_a_missing_torchao_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
-    with pytest.raises(UsageError, match=r"needs torchao.*pip install 'sevenfold\[fp8\]'"):
+    with pytest.raises(UsageError, match=r"needs torchao.*pip install -e '\.\[fp8\]'"):
         require_float8(emulate=True, torchao=True)
     require_float8(emulate=True)

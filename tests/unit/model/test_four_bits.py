@@ -114,7 +114,5 @@ def test_without_bitsandbytes_the_command_that_installs_it_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(
-        UsageError, match=r"pip install 'sevenfold\[qlora\]', or set lora\.base=ful"
-    ):
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[qlora\]', or set lora\.base=ful"):
         require_four_bits()

@@ -250,5 +250,5 @@ def test_without_the_package_it_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UsageError, match=r"needs the package gguf; pip install 'sevenfold\[gguf"):
+    with pytest.raises(UsageError, match=r"needs the package gguf; pip install -e '\.\[gguf"):
         gguf_file.require_gguf()

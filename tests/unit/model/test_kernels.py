@@ -147,6 +147,6 @@ def test_a_missing_package_names_its_extra(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UsageError, match=rf"cannot import {module}.*'sevenfold\[kernels\]'"):
+    with pytest.raises(UsageError, match=rf"cannot import {module}.*'\.\[kernels\]'"):
         setup_kernel_optimizations(**{kernel: True})
     assert not active_kernels()[kernel]  # type: ignore[literal-required]

@@ -226,7 +226,7 @@ def test_without_the_harness_the_command_that_installs_it_is_named(
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     task = TaskConfig(name="mine", kind="harness", path="arc_easy")
-    with pytest.raises(UsageError, match=r"task 'mine' needs .*; pip install 'sevenfold\[eval\]'"):
+    with pytest.raises(UsageError, match=r"task 'mine' needs .*; pip install -e '\.\[eval\]'"):
         harness.require_installed(task)
 
 

@@ -168,6 +168,6 @@ def test_tensorboard_on_a_full_disk_costs_one_warning(
 @pytest.mark.fault("K12")
 def test_without_tensorboard_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    asked = pytest.raises(UsageError, match=r"pip install 'sevenfold\[tensorboard\]', or set track")
+    asked = pytest.raises(UsageError, match=r"pip install -e '\.\[tensorboard\]', or set track")
     with asked, tracking.tracked(job(tmp_path, "tensorboard")):
         pass
