@@ -24,8 +24,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 
-from sevenfold.data.packing import PackedConversations, PackedPreferences
-from sevenfold.data.random_rows import random_conversations, random_preferences
 from sevenfold.train.config import TrainConfig
 from sevenfold.workflow import choosing, recipe, remaining, trial
 
@@ -84,34 +82,15 @@ def ask(description: str, stages: tuple[str, ...]) -> Asked:
     return Asked(options.what, found, config, options)
 
 
-def conversations(asked: Asked) -> PackedConversations:
-    """Return the rows of `sevenfold bench sft` and `lora`."""
-    config, found = asked.config, asked.recipe
-    return random_conversations(
-        _num_tokens(asked),
-        config.longest_context,
-        vocab_size=found.model.vocab_size,
-        seed=found.seed,
-        packing=getattr(found, asked.what).packing,
+def random_rows(asked: Asked) -> trial.Rows:
+    """Return the rows of `sevenfold bench`."""
+    return trial.random_rows(
+        asked.recipe,
+        asked.what,
+        asked.config,
+        length=asked.config.longest_context,
+        num_steps=trial.WARM_UP + asked.options.steps,
     )
-
-
-def preferences(asked: Asked) -> PackedPreferences:
-    """Return the rows of `sevenfold bench dpo`."""
-    config, found = asked.config, asked.recipe
-    return random_preferences(
-        _num_tokens(asked),
-        config.longest_context,
-        vocab_size=found.model.vocab_size,
-        seed=found.seed,
-        share_prompts=found.dpo.share_prompts,
-        packing=found.dpo.packing,
-    )
-
-
-def _num_tokens(asked: Asked) -> int:
-    steps = trial.WARM_UP + asked.options.steps
-    return min(trial.MOST_TOKENS, asked.config.tokens_per_batch * steps)
 
 
 def llama(asked: Asked, attention: str = "sdpa") -> Any:

@@ -17,22 +17,7 @@ import numpy as np
 import torch
 
 from sevenfold.data.batches import NO_TARGET, Batch
-from sevenfold.data.random_rows import RandomRows
 from sevenfold.train import optimizer
-from sevenfold.workflow import trial
-
-
-def rows_of(asked: beside.Asked) -> Any:
-    """Return the rows of `sevenfold bench`."""
-    config = asked.config
-    if asked.what == "sft":
-        return beside.conversations(asked)
-    documents = trial.DOCUMENTS_PER_ROW if config.mask_documents else None
-    return RandomRows(
-        config.longest_context,
-        vocab_size=asked.recipe.model.vocab_size,
-        documents_per_row=documents,
-    )
 
 
 def model_of(asked: beside.Asked) -> Any:
@@ -71,7 +56,7 @@ def main() -> None:
     """Measure ours, then theirs, and print the ratio."""
     asked = beside.ask(__doc__.splitlines()[0], ("pretrain", "sft"))
     beside.measure_ours(asked)
-    config, rows, model = asked.config, rows_of(asked), model_of(asked)
+    config, rows, model = asked.config, beside.random_rows(asked), model_of(asked)
     updater = optimizer.make_optimizer(model, config.optimizer)
     optimizer.set_learning_rate(updater, 1e-6)
     rows_a_step = max(1, round(asked.rows_a_step))

@@ -5,8 +5,8 @@
 
 Three JSON lines: ours, TRL's, and the ratio. TRL gets ids, so that it tokenises nothing, and as
 many rows a step as ours, or --peer-tokens where a step would take too long; what carries loss is
-the same. Its first two steps are not measured, nor the reference's log-probabilities, which it
-computes before them.
+the same. Its first two steps are not measured, nor the reference's log-probabilities, which both
+would compute before them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from sevenfold.data.batches import NO_TARGET
+from sevenfold.data.packing import PackedConversations, PackedPreferences
 
 LIGER = "--liger" in sys.argv
 
@@ -58,13 +59,17 @@ def tokenizer(vocab_size: int) -> Any:
 def settings(asked: beside.Asked, rows_a_step: float) -> dict[str, Any]:
     """Return what all of TRL's trainers are told."""
     on_gpu = asked.device.type == "cuda"
+    # Of packed rows it is the row's length, of pairs a bound for each answer with its prompt.
+    length = asked.config.longest_context
+    if asked.what == "dpo":
+        length = min(length, asked.recipe.model.max_seq_len)
     eight_bits = asked.config.optimizer.kind == "adamw_8bit"
     return {
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": asked.micro_batch,
         "gradient_accumulation_steps": max(1, round(rows_a_step / asked.micro_batch)),
         "max_steps": beside.WARM_UP + asked.options.steps,
-        "max_length": asked.config.longest_context,
+        "max_length": length,
         "learning_rate": 1e-6,
         "bf16": asked.config.precision != "fp32",
         "use_cpu": not on_gpu,
@@ -85,7 +90,8 @@ def instruction_trainer(asked: beside.Asked, timer: beside.Timer) -> Any:
     """Return TRL's SFT trainer on our conversations; with an adapter for LoRA."""
     from trl import SFTConfig, SFTTrainer
 
-    rows = beside.conversations(asked)
+    rows = beside.random_rows(asked)
+    assert isinstance(rows, PackedConversations)
     columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     for piece in rows.pieces:
         columns["input_ids"].append(list(piece.ids))
@@ -117,6 +123,7 @@ def instruction_trainer(asked: beside.Asked, timer: beside.Timer) -> Any:
 def preference_trainer(asked: beside.Asked, timer: beside.Timer) -> Any:
     """Return TRL's DPO trainer on our pairs."""
     from trl import DPOConfig, DPOTrainer
+    from trl.trainer import dpo_trainer
 
     class Ready(DPOTrainer):
         """The rows are ids already."""
@@ -124,7 +131,16 @@ def preference_trainer(asked: beside.Asked, timer: beside.Timer) -> Any:
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
 
-    rows = beside.preferences(asked)
+        def _precompute_ref_logps(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            zeros = [0.0] * len(dataset)  # as ours: they are read, but decide nothing about speed
+            for name in ("ref_chosen_logps", "ref_rejected_logps"):
+                dataset = dataset.add_column(name, zeros)
+            return dataset
+
+    rows = beside.random_rows(asked)
+    assert isinstance(rows, PackedPreferences)
+    # It would key the reference's scores by a hash of all weights: a minute.
+    dpo_trainer.hash_module = lambda _: "random weights"
     columns = {
         "prompt_ids": [list(pair.prompt) for pair in rows.preferences],
         "chosen_ids": [list(pair.chosen) for pair in rows.preferences],
@@ -170,7 +186,8 @@ def main() -> None:
     import trl
 
     key = "pairs_s_per_gpu" if is_dpo else "non_padding_tokens_s_per_gpu"
-    beside.finish(asked, "trl", timer.rates(), key, liger=LIGER, version=trl.__version__)
+    facts = {"seq_len": trainer.args.max_length, "liger": LIGER, "version": trl.__version__}
+    beside.finish(asked, "trl", timer.rates(), key, **facts)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def _lay_out(
     targets = np.full(shape, NO_TARGET, dtype=np.int64)
     documents = np.full(shape, -1, dtype=np.int64)
     branches = np.zeros(shape, dtype=np.int64)
-    positions = np.empty(shape, dtype=np.int64)
+    positions = np.zeros(shape, dtype=np.int64)
     for r, row in enumerate(rows):
         start, number = 0, -1
         for piece in row:
@@ -97,7 +97,6 @@ def _lay_out(
             carries = np.asarray(piece.mask[1:], dtype=bool)
             targets[r, start : stop - 1][carries] = ids[r, start + 1 : stop][carries]
             start = stop
-        positions[r, start:] = np.arange(length - start)
     return Batch(
         inputs_bt=torch.from_numpy(ids),
         targets_bt=torch.from_numpy(targets),

@@ -13,9 +13,9 @@ from sevenfold.data.batches import Batch, document_positions
 from sevenfold.data.best_fit import Packing
 from sevenfold.data.packing import PackedConversations, PackedPreferences, Piece, Preference
 
-# Lengths are log-normal, as in chat data: mean and spread of the logarithm in rows of 2048 tokens,
-# and shorter in shorter rows. Conversations; prompts; answers. A pair's median is 900 tokens then,
-# a third of them its prompt, as in UltraFeedback.
+# Lengths are log-normal, as in chat data: mean and spread of the logarithm where 2048 tokens are
+# the most, and shorter where fewer are. Conversations; prompts; answers. A pair's median is 900
+# tokens then, a third of them its prompt, as in UltraFeedback.
 REFERENCE_LENGTH = 2048
 CONVERSATION, PROMPT, ANSWER = (5.8, 0.8), (5.7, 0.65), (5.6, 0.6)
 
@@ -50,13 +50,23 @@ class RandomRows:
 
 
 def random_conversations(
-    num_tokens: int, row_length: int, *, vocab_size: int, seed: int, packing: Packing = "drawn"
+    num_tokens: int,
+    row_length: int,
+    *,
+    vocab_size: int,
+    seed: int,
+    packing: Packing = "drawn",
+    longest: int | None = None,
 ) -> PackedConversations:
-    """Pack conversations of about ``num_tokens`` in all; the second half of each carries loss."""
+    """Pack conversations of about ``num_tokens`` in all; the second half of each carries loss.
+
+    None has more than ``longest`` tokens; without that a row holds the longest.
+    """
     generator = np.random.default_rng(seed)
-    mean = _typical(CONVERSATION, row_length)
-    lengths = _lengths(generator, CONVERSATION, max(1, round(num_tokens / mean)), row_length)
-    lengths = np.minimum(lengths, row_length)
+    bound = longest or row_length
+    mean = _typical(CONVERSATION, bound)
+    lengths = _lengths(generator, CONVERSATION, max(1, round(num_tokens / mean)), bound)
+    lengths = np.minimum(lengths, bound)
     pieces = []
     for length in lengths.tolist():
         ids = generator.integers(0, vocab_size, length).tolist()
@@ -72,19 +82,22 @@ def random_preferences(
     seed: int,
     share_prompts: bool,
     packing: Packing = "drawn",
+    longest: int | None = None,
 ) -> PackedPreferences:
-    """Pack pairs of answers of about ``num_tokens`` in all, those that fit into a row.
+    """Pack pairs of answers of about ``num_tokens`` in all.
 
-    The reference's log-probabilities are 0: they are read, but decide nothing about speed.
+    None has more than ``longest`` tokens, its prompt counted twice; without that a row holds the
+    longest. The reference's log-probabilities are 0: they are read, but decide nothing about speed.
     """
     generator = np.random.default_rng(seed)
-    typical = 2 * (_typical(PROMPT, row_length) + _typical(ANSWER, row_length))
+    bound = longest or row_length
+    typical = 2 * (_typical(PROMPT, bound) + _typical(ANSWER, bound))
     count = max(8, round(num_tokens / typical))
-    sizes = [_lengths(generator, kind, count, row_length) for kind in (PROMPT, ANSWER, ANSWER)]
+    sizes = [_lengths(generator, kind, count, bound) for kind in (PROMPT, ANSWER, ANSWER)]
     preferences = [
         Preference(*(generator.integers(0, vocab_size, size).tolist() for size in three))
         for three in zip(*(size.tolist() for size in sizes), strict=True)
-        if 2 * three[0] + three[1] + three[2] <= row_length
+        if 2 * three[0] + three[1] + three[2] <= bound
     ]
     return PackedPreferences(
         preferences,
@@ -96,13 +109,13 @@ def random_preferences(
     )
 
 
-def _typical(kind: tuple[float, float], row_length: int) -> float:
+def _typical(kind: tuple[float, float], bound: int) -> float:
     """Mean length of a kind of text, in tokens."""
-    return float(np.exp(kind[0] + kind[1] ** 2 / 2)) * row_length / REFERENCE_LENGTH
+    return float(np.exp(kind[0] + kind[1] ** 2 / 2)) * bound / REFERENCE_LENGTH
 
 
 def _lengths(
-    generator: np.random.Generator, kind: tuple[float, float], count: int, row_length: int
+    generator: np.random.Generator, kind: tuple[float, float], count: int, bound: int
 ) -> NDArray[np.int64]:
-    drawn = generator.lognormal(*kind, count) * row_length / REFERENCE_LENGTH
+    drawn = generator.lognormal(*kind, count) * bound / REFERENCE_LENGTH
     return np.clip(drawn, 2, None).astype(np.int64)

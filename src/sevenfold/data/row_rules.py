@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from sevenfold.base.config import configuration
-from sevenfold.base.errors import UsageError
+from sevenfold.base.errors import UsageError, install_command
 from sevenfold.data.quality import language_identifier
 from sevenfold.data.strict_json import Values
 
@@ -24,7 +24,7 @@ NUM_BANDS, BAND_ROWS = 16, 8
 RUN_LETTERS = 5
 # The language of less than this is told wrongly too often; of more than that, no better.
 LANGUAGE_CHARACTERS = (100, 2000)
-INSTALL = "pip install 'sevenfold[data]'"
+INSTALL = install_command("data")
 
 
 @configuration

@@ -68,11 +68,13 @@ def write_preferences(
     items: ItemIndex | None = None,
     generated: Sequence[SourceConfig] = (),
     single: bool = False,
+    context: int | None = None,
 ) -> dict[str, Any]:
     """Write ``rows`` and ``validation`` with ``prompt_ids``, ``chosen_ids``, ``rejected_ids``.
 
     ``items`` and ``generated`` as for conversations. ``single``: the sources hold rows without
-    ``rejected`` too, answers to be kept in mind.
+    ``rejected`` too, answers to be kept in mind. A prompt and an answer have at most ``context``
+    tokens, as many as the model reads; a whole pair ``max_length``.
 
     Returns:
         The manifest's facts: counts and sources.
@@ -81,7 +83,8 @@ def write_preferences(
     """
     counts = RowCounts(config.max_bad_rows)
     search = _Search(items, generated, RowRules(config.rules))
-    rows = _preferences(tokenizer, config, counts, search, single=single)
+    bounds = _Bounds(pair=config.max_length, context=context or config.max_length)
+    rows = _preferences(tokenizer, config, bounds, counts, search, single=single)
     facts = write_rows(folder, rows, DPO_COLUMNS, config.validation_fraction, counts)
     return facts | {"sources": _sources((*config.sources, *config.replay), counts)}
 
@@ -211,6 +214,7 @@ def _question(messages: Sequence[Message]) -> str:
 def _preferences(
     tokenizer: Any,
     config: PreferenceDataConfig,
+    bounds: _Bounds,
     counts: RowCounts,
     search: _Search,
     *,
@@ -228,7 +232,7 @@ def _preferences(
             if reason := search.pair(source, pair):
                 counts.drop(source.name, reason)
                 return []
-            return _pair(tokenizer, pair, config.max_length, weight, counts)
+            return _pair(tokenizer, pair, bounds, weight, counts)
 
         yield from _each_row(source, counts, convert)
     for source in config.replay:
@@ -239,14 +243,14 @@ def _preferences(
                 if reason := search.example(source, example):
                     counts.drop(source.name, reason)
                 else:
-                    made += _replayed(tokenizer, example, config.max_length, counts)
+                    made += _replayed(tokenizer, example, bounds, counts)
             return made
 
         yield from _each_row(source, counts, convert_replay)
 
 
 def _pair(
-    tokenizer: Any, pair: Pair, max_length: int, weight: float, counts: RowCounts
+    tokenizer: Any, pair: Pair, bounds: _Bounds, weight: float, counts: RowCounts
 ) -> list[TokenRow]:
     prompt, chosen = render_answer(tokenizer, pair.prompt, pair.chosen)
     rejected: list[int] = []
@@ -254,7 +258,7 @@ def _pair(
         rejected = render_answer(tokenizer, pair.prompt, pair.rejected)[1]
     for text in (pair.chosen, pair.rejected or ""):
         counts.note_placeholders(text, pair.where)
-    room = _room(max_length, len(prompt), len(chosen), len(rejected))
+    room = bounds.room(len(prompt), len(chosen), len(rejected))
     counts.truncated += max(len(chosen), len(rejected)) > room
     if room < 1:
         counts.drop(pair.source, "no_answer_within_max_length")
@@ -271,19 +275,25 @@ def _pair(
     return [TokenRow(columns, "\n".join(m["content"] for m in pair.prompt), weight)]
 
 
-def _room(max_length: int, prompt: int, chosen: int, rejected: int) -> int:
-    """Return the tokens that each answer may have, so that all of the pair fits into one row.
+@dataclass(frozen=True)
+class _Bounds:
+    """Tokens of a pair, its prompt twice, and of a prompt with one answer, at most."""
 
-    A pair stands there as two documents, with the prompt twice; without ``rejected`` as one.
-    """
-    if not rejected:
-        return max_length - prompt
-    left = max_length - 2 * prompt
-    return max(left // 2, left - min(chosen, rejected))
+    pair: int
+    context: int
+
+    def room(self, prompt: int, chosen: int, rejected: int) -> int:
+        """Return the tokens that each answer may have, so that all of the pair fits into one row.
+
+        A pair stands there as two documents, with the prompt twice; without ``rejected`` as one.
+        """
+        alone = min(self.pair, self.context) - prompt
+        left = self.pair - 2 * prompt
+        return min(alone, max(left // 2, left - min(chosen, rejected))) if rejected else alone
 
 
 def _replayed(
-    tokenizer: Any, example: Example, max_length: int, counts: RowCounts
+    tokenizer: Any, example: Example, bounds: _Bounds, counts: RowCounts
 ) -> list[TokenRow]:
     """Return the last answer of an instruction row as an answer without a rejected one."""
     if not example.messages or example.messages[-1]["role"] != "assistant":
@@ -298,4 +308,4 @@ def _replayed(
         chosen=example.messages[-1]["content"],
         rejected=None,
     )
-    return _pair(tokenizer, pair, max_length, 1.0, counts)
+    return _pair(tokenizer, pair, bounds, 1.0, counts)

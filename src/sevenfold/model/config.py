@@ -91,8 +91,12 @@ class ModelConfig:
         return self.num_matmul_parameters + norms + embedding
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Floating-point operations to train on one token, causal, without recomputation."""
-        attention = 6 * self.num_layers * self.num_heads * self.head_width * seq_len
+        """Floating-point operations to train on one token, causal, without recomputation.
+
+        In rows of ``seq_len`` tokens, where no document is longer than ``max_seq_len``.
+        """
+        reach = min(seq_len, self.max_seq_len)
+        attention = 6 * self.num_layers * self.num_heads * self.head_width * reach
         return float(6 * self.num_matmul_parameters + attention)
 
     def to_hf(

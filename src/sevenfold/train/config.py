@@ -76,17 +76,18 @@ class ScheduleConfig:
 class TrainConfig:
     """One training stage.
 
-    ``tokens_per_batch`` counts a whole step over all processes, ``micro_batch`` rows of the
-    longest context in one forward. ``precision`` is what matrix products compute in
-    (``fp8_torchao``: FP8 by torchao's recipe, not ours), ``weights`` what parameters are kept in.
-    ``recompute`` computes activations again in the backward pass: all of a layer's, or those that
-    are ``cheap``, norms and products of elements. ``auto`` chooses for either what is fastest of
-    what the planner expects to fit the GPU, once; a run that goes on keeps it. ``mask_documents``
-    keeps packed documents from seeing each other (always so in SFT and DPO). ``keep_best`` keeps
-    the checkpoint with the lowest held-out loss beside the newest. A step beyond ``spike_sigma``
-    standard deviations (None: never) or not finite is skipped; after more than
-    ``max_skipped_steps`` in a row training goes back to the last checkpoint and passes over the
-    data since, ``max_rollbacks`` times.
+    ``tokens_per_batch`` counts a whole step over all processes, ``micro_batch`` rows of the longest
+    context in one forward. A context is the length of a row; in all stages but pretraining a row
+    may be longer than what the model reads, since no document in it is. ``precision`` is what
+    matrix products compute in (``fp8_torchao``: FP8 by torchao's recipe, not ours), ``weights``
+    what parameters are kept in. ``recompute`` computes activations again in the backward pass: all
+    of a layer's, or those that are ``cheap``, norms and products of elements. ``auto`` chooses for
+    either what is fastest of what the planner expects to fit the GPU, once; a run that goes on
+    keeps it. ``mask_documents`` keeps packed documents from seeing each other (always so in SFT and
+    DPO). ``keep_best`` keeps the checkpoint with the lowest held-out loss beside the newest. A step
+    beyond ``spike_sigma`` standard deviations (None: never) or not finite is skipped; after more
+    than ``max_skipped_steps`` in a row training goes back to the last checkpoint and passes over
+    the data since, ``max_rollbacks`` times.
     """
 
     duration: Duration

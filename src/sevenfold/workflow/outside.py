@@ -14,7 +14,7 @@ from sevenfold.base.errors import BadDataError, GateRefusedError, SevenfoldError
 from sevenfold.data.tokenizer import load_tokenizer
 from sevenfold.model import llama
 from sevenfold.model.config import describe_folder
-from sevenfold.workflow import evaluation, training
+from sevenfold.workflow import evaluation, prepared, training
 from sevenfold.workflow.recipe import Recipe, gates_file
 
 log = logging.getLogger(__name__)
@@ -40,12 +40,7 @@ def take_in(run: records.Run, recipe: Recipe, stage: str, folder: Path, force: s
         return
     folder = folder.resolve()
     config = describe_folder(folder)
-    longest = getattr(recipe, stage).data.max_length
-    if longest > config.max_seq_len:
-        raise UsageError(
-            f"{folder}: the model reads {config.max_seq_len} tokens, but {stage}.data.max_length "
-            f"is {longest}; lower it to that"
-        )
+    prepared.require_context(folder, recipe, stage)
     _require_whole(folder)
     llama.check_vocabulary(load_tokenizer(folder), folder, config.vocab_size, exact=False)
     _copy(run, before, folder, training.outside_fingerprint(folder))

@@ -19,6 +19,7 @@ from sevenfold.train.memory import Demand
 from sevenfold.workflow import choosing, row_counts
 from sevenfold.workflow.recipe import Recipe
 from sevenfold.workflow.remaining import num_steps, train_config
+from sevenfold.workflow.thresholds import missing_items
 from sevenfold.workflow.training import decide
 
 UNKNOWN_LENGTH = ("tokens", "compute", "time", "cost")
@@ -259,7 +260,12 @@ def dry_run(
     if planned and gpu["num_gpus"] and model is None:
         worst = max(planned, key=lambda each: each.plan.peak_gib)
         _rehearse(recipe, worst)
-    console.print_line("dry run: everything asked for can be done here; nothing was written")
+    if missing := missing_items(recipe, stages):
+        console.print_line(
+            f"not there yet, and needed before anything trains: {', '.join(missing)} "
+            "(docs/DATA_FORMATS.md, section 7, says where public items come from)"
+        )
+    console.print_line("dry run: this machine can do everything asked for; nothing was written")
 
 
 def _rehearse(recipe: Recipe, planned: StagePlan) -> None:

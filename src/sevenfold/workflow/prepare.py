@@ -29,6 +29,7 @@ from sevenfold.workflow.contamination import INPUT, EvaluationItems
 from sevenfold.workflow.prepared import (
     SCRIPTS,
     is_current,
+    pair_context,
     rows_config,
     say,
     settings,
@@ -205,14 +206,19 @@ def prepare_dpo(run: Run, recipe: Recipe, tokenizer_folder: Path | None = None) 
     sources.require_licences(chosen.replay, "dpo.data.replay")
     sources.refuse_shared_names((*chosen.sources, *chosen.replay))
     inputs = _row_inputs(identity, items, (*chosen.sources, *chosen.replay))
-    if is_current(run.data("dpo"), inputs, to_plain(chosen)):
+    config = to_plain(chosen) | pair_context(recipe)
+    if is_current(run.data("dpo"), inputs, config):
         return
-    with storage.new_folder(
-        run.data("dpo"), kind="dpo", inputs=inputs, config=to_plain(chosen)
-    ) as folder:
+    with storage.new_folder(run.data("dpo"), kind="dpo", inputs=inputs, config=config) as folder:
         index = None if generated and not chosen.replay else items.index
         facts = tables.write_preferences(
-            folder, made, chosen, items=index, generated=generated, single=bool(generated)
+            folder,
+            made,
+            chosen,
+            items=index,
+            generated=generated,
+            single=bool(generated),
+            **pair_context(recipe),
         )
         _note_rows(folder, facts, items, generated)
     _say_rows(run.data("dpo"), facts)

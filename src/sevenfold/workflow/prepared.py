@@ -14,6 +14,7 @@ from sevenfold.base.console import print_line
 from sevenfold.base.errors import CheckpointError, UsageError
 from sevenfold.base.records import Run
 from sevenfold.data.chat import ChatDataConfig
+from sevenfold.model.config import describe_folder
 from sevenfold.workflow.recipe import Recipe
 
 DATA_FILES = "data_files.json"
@@ -64,6 +65,29 @@ def rows_config(recipe: Recipe, stage: str) -> ChatDataConfig:
     return config
 
 
+def pair_context(recipe: Recipe) -> dict[str, int]:
+    """Return what bounds each of a pair's answers with its prompt, where ``max_length`` does not.
+
+    That is the model's ``context``, in rows that are longer.
+    """
+    context = recipe.model.max_seq_len
+    return {"context": context} if recipe.dpo.data.max_length > context else {}
+
+
+def require_context(folder: Path, recipe: Recipe, stage: str) -> None:
+    """Refuse a model that reads less than the stage's longest conversation or answer.
+
+    Errors:
+        UsageError: it does; the message has both lengths.
+    """
+    reads, length = describe_folder(folder).max_seq_len, getattr(recipe, stage).data.max_length
+    if min(length, recipe.model.max_seq_len) > reads:
+        raise UsageError(
+            f"{folder}: the model reads {reads} tokens, but {stage}.data.max_length is {length}; "
+            "lower it to that"
+        )
+
+
 def settings(recipe: Recipe, name: str) -> dict[str, Any]:
     """Return what the recipe says about making a prepared folder, as its manifest keeps it."""
     data = recipe.data
@@ -75,7 +99,7 @@ def settings(recipe: Recipe, name: str) -> dict[str, Any]:
         sections = {"tokenizer": recipe.tokenizer, "packed": recipe.pack}
         found = sections[name] if name in sections else rows_config(recipe, name)
     plain: dict[str, Any] = json.loads(json.dumps(to_plain(found)))
-    return plain
+    return plain | ({"context": pair_context(recipe).get("context")} if name == "dpo" else {})
 
 
 def require_current(run: Run, recipe: Recipe, name: str) -> None:

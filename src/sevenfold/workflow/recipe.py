@@ -182,19 +182,24 @@ class Recipe:
                 f"tokenizer.vocab_size {self.tokenizer.vocab_size} is not the model's vocab_size "
                 f"{self.model.vocab_size}; every row of the model needs a token"
             )
-        stages = {"sft": self.sft.train, "dpo": self.dpo.train, "lora": self.lora.train}
-        for stage, train in {"pretrain": self.pretrain, **stages}.items():
-            if train.longest_context > self.model.max_seq_len:
+        if self.pretrain.longest_context > self.model.max_seq_len:
+            raise ValueError(
+                f"pretrain: contexts reach {self.pretrain.longest_context} tokens, but the model's "
+                f"max_seq_len is {self.model.max_seq_len}"
+            )
+        for stage in ("sft", "dpo", "lora"):
+            section: Any = getattr(self, stage)
+            # Positions begin anew with each document, so a row may be longer than the context.
+            length, row_length = section.data.max_length, section.train.longest_context
+            if length > self.model.max_seq_len and stage != "dpo":  # there it bounds two documents
                 raise ValueError(
-                    f"{stage}: contexts reach {train.longest_context} tokens, but the model's "
-                    f"max_seq_len is {self.model.max_seq_len}"
+                    f"{stage}: data.max_length is {length}, but the model's max_seq_len is "
+                    f"{self.model.max_seq_len}; lower it to that"
                 )
-        rows = {"sft": self.sft.data, "dpo": self.dpo.data, "lora": self.lora.data}
-        for stage, data in rows.items():
-            if data.max_length > stages[stage].longest_context:
+            if length > row_length:
                 raise ValueError(
-                    f"{stage}: data.max_length {data.max_length} is more than a row holds, "
-                    f"{stages[stage].longest_context}; lower it, or train with longer contexts"
+                    f"{stage}: data.max_length {length} is more than a row holds, "
+                    f"{row_length}; lower it, or train with longer contexts"
                 )
         if self.pack.row_length < self.pretrain.longest_context:
             raise ValueError(

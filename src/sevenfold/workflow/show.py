@@ -14,7 +14,7 @@ from typing import Any
 from rich.text import Text
 
 from sevenfold.base import console, records, storage
-from sevenfold.base.errors import BadDataError, CheckpointError
+from sevenfold.base.errors import BadDataError, CheckpointError, install_command
 from sevenfold.base.records import GATED_STAGES, Run, open_run
 from sevenfold.verify import integrity, standing
 from sevenfold.verify import lineage as lineages
@@ -114,14 +114,14 @@ def doctor(options: argparse.Namespace) -> None:
         ["GPU", f"{gpu['num_gpus']} x {gpu['name']}" if gpu["num_gpus"] else "none", _means(gpu)],
     ]
     for name, version in records.package_versions().items():
-        if name != "python":
+        if name != "python" and name not in EXTRAS:
             rows.append([name, version, ""])
     for name, (extra, purpose) in EXTRAS.items():
         try:
             rows.append([name, importlib.metadata.version(name), purpose])
         except importlib.metadata.PackageNotFoundError:
-            command = f"pip install -e '.[{extra}]'"
-            rows.append([name, Text("missing", style="yellow"), f"{purpose}: {command}"])
+            said = f"{purpose}: {install_command(extra)}"
+            rows.append([name, Text("missing", style="yellow"), said])
     console.print_table("this machine", ["what", "found", "meaning"], rows)
 
 

@@ -68,15 +68,29 @@ def require_items(recipe: Recipe, stages: Iterable[str]) -> None:
                 items_path(task.file, task)
 
 
+def missing_items(recipe: Recipe, stages: Iterable[str]) -> list[str]:
+    """Return the files of items that tasks of these stages name and that are not there."""
+    tasks = [task for stage in stages for task in recipe.evaluate.tasks_of(stage)]
+    named = dict.fromkeys(task.file for task in tasks if task.file is not None)
+    return [file for file in named if _find(file) is None]
+
+
 def items_path(path: str, task: TaskConfig) -> Path:
     """Return where a task's file is: seen from the working directory, else from the repository.
 
     Errors:
         UsageError: it is in neither.
     """
+    found = _find(path)
+    if found is None:
+        raise UsageError(
+            f"{Path(path).expanduser()}: no such file; task '{task.name}' needs its items: "
+            "docs/DATA_FORMATS.md, section 7, says where public ones come from"
+        )
+    return found
+
+
+def _find(path: str) -> Path | None:
     given = Path(path).expanduser()
     places = (given, Path(sevenfold.__file__).parents[2] / given)
-    found = next((place for place in places if place.exists()), None)
-    if found is None:
-        raise UsageError(f"{given}: no such file; task '{task.name}' needs its items")
-    return found
+    return next((place for place in places if place.exists()), None)

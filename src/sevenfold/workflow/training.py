@@ -156,9 +156,10 @@ def open_rows(run: records.Run, recipe: Recipe, stage: str, source: records.Sour
 
     Errors:
         UsageError: they have not been prepared, or from something that was replaced since; the
-            message names the script.
+            message names the script. Or the model reads less than they have.
         BadDataError: a file has changed since.
     """
+    prepared.require_context(source.folder, recipe, stage)
     if _has_foreign_tokenizer(run, source):
         processes = parallel.join()
         if processes.is_main:

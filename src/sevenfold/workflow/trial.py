@@ -156,11 +156,12 @@ def random_model(
         torch.set_default_dtype(before)
 
 
-def random_rows(trial: Trial, length: int, num_steps: int) -> Rows:
+def random_rows(
+    recipe: Recipe, stage: str, config: TrainConfig, *, length: int, num_steps: int
+) -> Rows:
     """Return rows of the stage's kind: plain or packed text, conversations, or pairs of answers."""
-    config, recipe = trial.config, trial.recipe
     longest, vocab_size = config.longest_context, recipe.model.vocab_size
-    if trial.stage == "pretrain":
+    if stage == "pretrain":
         documents = max(1, DOCUMENTS_PER_ROW * length // longest)
         return RandomRows(
             longest,
@@ -168,19 +169,17 @@ def random_rows(trial: Trial, length: int, num_steps: int) -> Rows:
             documents_per_row=documents if config.mask_documents else None,
         )
     num_tokens = min(MOST_TOKENS, config.tokens_per_batch * num_steps)
-    if trial.stage == "dpo":
-        return random_preferences(
-            num_tokens,
-            longest,
-            vocab_size=vocab_size,
-            seed=recipe.seed,
-            share_prompts=recipe.dpo.share_prompts,
-            packing=recipe.dpo.packing,
-        )
-    section = recipe.lora if trial.stage == "lora" else recipe.sft
-    return random_conversations(
-        num_tokens, longest, vocab_size=vocab_size, seed=recipe.seed, packing=section.packing
-    )
+    section: Any = getattr(recipe, stage)
+    drawn: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "seed": recipe.seed,
+        "packing": section.packing,
+        "longest": min(section.data.max_length, recipe.model.max_seq_len, longest),
+    }
+    if stage == "dpo":
+        share = recipe.dpo.share_prompts
+        return random_preferences(num_tokens, longest, share_prompts=share, **drawn)
+    return random_conversations(num_tokens, longest, **drawn)
 
 
 def make_bench(
@@ -206,7 +205,7 @@ def make_bench(
         scorer=trial.scorer,
         objective=dpo.objective(recipe.dpo) if trial.stage == "dpo" else NEXT_TOKEN,
         batches=Batches(
-            rows or random_rows(trial, length, num_steps),
+            rows or random_rows(recipe, trial.stage, config, length=length, num_steps=num_steps),
             tokens_per_batch=config.tokens_per_batch,
             contexts=[ContextPhase(length=length, until=1.0)],
             num_steps=num_steps + 1,
@@ -261,7 +260,7 @@ def measure(trial: Trial, length: int, *, num_steps: int) -> Measured:
         DivergedError, StoppedError: as in :func:`train`.
     """
     whole = WARM_UP + num_steps
-    rows = random_rows(trial, length, whole)
+    rows = random_rows(trial.recipe, trial.stage, trial.config, length=length, num_steps=whole)
     bench = make_bench(trial, length, num_steps=whole, rows=rows)
     steps = train(bench, whole, warm_up=WARM_UP)
     warm = steps[WARM_UP:]

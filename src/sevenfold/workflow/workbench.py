@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -263,7 +264,8 @@ def assemble(
     if processes.is_main and bench.step < num_steps:
         trained = sum(p.numel() * p.element_size() for p in bench.trained.values())
         moments = optimizer.state_bytes(scorer, config.optimizer)
-        bench.checkpoints.require_room(trained + moments)
+        num_to_come = math.ceil((num_steps - bench.step) / config.checkpoint_every)
+        bench.checkpoints.require_room(trained + moments, num_to_come)
     return bench
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from sevenfold.base import storage
-from sevenfold.base.errors import SevenfoldError, UsageError
+from sevenfold.base.errors import SevenfoldError, UsageError, install_command
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ def require_package(name: str, wanted_by: str) -> None:
     if importlib.util.find_spec(name) is None:
         raise UsageError(
             f"{wanted_by} needs the package '{name}', which is not installed; "
-            "pip install 'sevenfold[data]'"
+            + install_command("data")
         )
 
 

@@ -142,8 +142,8 @@ def test_what_is_missing_or_unknown_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(UsageError, match=r"rules\.languages: 'eng' is not a language .* 'en'"):
         rules(languages=("eng",))
     monkeypatch.setitem(sys.modules, "rensa", None)
-    with pytest.raises(UsageError, match=r"needs rensa, .* pip install 'sevenfold\[data\]'"):
+    with pytest.raises(UsageError, match=r"needs rensa, .* pip install -e '\.\[data\]'"):
         rules(unique_prompts=True)
     monkeypatch.setitem(sys.modules, "py3langid.langid", None)
-    with pytest.raises(UsageError, match=r"needs py3langid, .*'sevenfold\[data\]'"):
+    with pytest.raises(UsageError, match=r"needs py3langid, .*'\.\[data\]'"):
         rules(languages=("en",))

@@ -224,6 +224,27 @@ def test_both_documents_of_a_pair_fit_into_one_row(tmp_path: Path, tokenizer: An
     assert len(whole) == 1
 
 
+def test_each_answer_with_its_prompt_is_what_the_model_reads_at_most(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    """In a row that holds two of them; a short answer leaves no more room than that."""
+    long, short = "Tom has " * 60, "Yes."
+    rows = [
+        *preferences(10),
+        {"prompt": "Which?", "chosen": long, "rejected": short},
+        {"prompt": "What?", "chosen": long + "a", "rejected": "Who " + long},
+    ]
+    given = pairs_config(source(tmp_path / "a.jsonl", rows), max_length=100)
+    write_preferences(tmp_path, tokenizer, given, context=50)
+    every = [*load(tmp_path / "rows"), *load(tmp_path / "validation")]
+    sizes = [
+        (len(row["prompt_ids"]) + len(row["chosen_ids"]), len(row["rejected_ids"])) for row in every
+    ]
+    assert len(sizes) == 12
+    assert sorted(side for side, _ in sizes)[-2:] == [50, 50]
+    assert max(rejected for _, rejected in sizes) > 40
+
+
 def test_a_replayed_row_must_end_with_an_answer(tmp_path: Path, tokenizer: Any) -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
                 {"role": "user", "content": "c"}]  # fmt: skip

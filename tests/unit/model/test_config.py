@@ -49,6 +49,7 @@ def test_the_presets_have_the_promised_sizes() -> None:
 
 def test_flops_of_the_7b_are_those_of_the_design() -> None:
     # 6 x 7.185 G weights in products + 6 x 32 layers x 4096 x 2048.
+    assert preset("7b").flops_per_token(4096) == preset("7b").flops_per_token(2048)
     assert preset("7b").flops_per_token(2048) == pytest.approx(44.72e9, rel=1e-4)
     assert preset("7b").flops_per_token(2048) - preset("7b").flops_per_token(1024) == (
         6 * 32 * 4096 * 1024

@@ -236,7 +236,7 @@ def test_the_peer_that_is_measured_gets_our_rows(
     from sevenfold.data import random_rows
 
     told = ["--preset", "demo", "--steps", "1", "--micro-batch", "2", "--alone"]
-    told += ["--set", f"{what}.train.tokens_per_batch=256"]
+    told += ["--set", f"{what}.train.tokens_per_batch=256", "--set", "model.max_seq_len=512"]
     told += ["--peer-tokens", "1024"] if what == "dpo" else []
     monkeypatch.setattr(sys, "argv", ["trl_peer.py", what, *told])
     seen: list[Any] = []
@@ -245,6 +245,7 @@ def test_the_peer_that_is_measured_gets_our_rows(
     peer.main()
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = seen[0].train_dataset
+    assert seen[0].args.max_length == 256  # our row's, whatever the model reads
     if what == "dpo":
         ours = random_rows.random_preferences(
             768, 256, vocab_size=1024, seed=7, share_prompts=False

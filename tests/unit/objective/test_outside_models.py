@@ -98,6 +98,27 @@ def test_packed_documents_equal_each_alone(family: str) -> None:
     require_equal(gradients(ours, total), gradients(theirs, expected))
 
 
+def test_a_row_of_several_contexts_asks_for_no_position_beyond_one() -> None:
+    """This kind of rotation changes for good when it first sees a position beyond the context."""
+    context = 16
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    sizes = {"max_position_embeddings": context, "rope_parameters": dynamic}
+    ours, theirs = build("llama", **sizes), build("llama", "eager", **sizes)
+    generator = np.random.default_rng(3)
+    pieces = [
+        Piece(some_ids(generator, length), [0] + [1] * (length - 1))
+        for length in (context, 9, 12, context, 5)
+    ]
+    rows = PackedConversations(pieces, 3 * context, pad_id=0, seed=1)
+    batch = rows.batch(np.arange(rows.num_rows), 3 * context)
+    assert int((batch.documents_bt == -1).sum()) > context  # type: ignore[union-attr]
+    total = NEXT_TOKEN.total(Scorer(ours, kernel="plain"), batch).total
+    scores = [alone(theirs, list(p.ids[:1]), list(p.ids[1:])) for p in pieces]
+    assert float(total.detach()) == pytest.approx(
+        float(torch.stack(scores).sum().detach()), rel=1e-5
+    )
+
+
 @pytest.mark.parametrize("family", ["mistral", "qwen3-sliding"])
 def test_both_answers_look_back_over_the_prompt_as_far_as_the_window(family: str) -> None:
     ours, theirs = build(family, **FAMILIES[family]), build(family, "eager", **FAMILIES[family])

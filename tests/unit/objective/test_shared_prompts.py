@@ -162,7 +162,7 @@ def test_a_pair_is_laid_out_as_a_trunk_with_two_branches() -> None:
     laid = {
         "ids": (batch.inputs_bt, [1, 2, 3, 4, 5, 3, 6, 7, 8, 7, 9, 0, 0, 0]),
         "targets": (batch.targets_bt, [-1, -1, 4, 5, -1, 6, -1, 8, -1, 9, -1, -1, -1, -1]),
-        "positions": (batch.positions_bt, [0, 1, 2, 3, 4, 2, 3, 0, 1, 0, 1, 0, 1, 2]),
+        "positions": (batch.positions_bt, [0, 1, 2, 3, 4, 2, 3, 0, 1, 0, 1, 0, 0, 0]),
         "documents": (batch.documents_bt, [0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 2, -1, -1, -1]),
         "branches": (batch.branches_bt, [0, 0, 1, 1, 1, 2, 2, 0, 0, 0, 0, 0, 0, 0]),
         "answers": (batch.answers_bt, [-1, -1, 0, 0, -1, 1, -1, 2, -1, 3, -1, -1, -1, -1]),

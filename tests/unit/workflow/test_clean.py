@@ -305,7 +305,7 @@ def test_a_missing_package_is_named_with_the_setting_that_wants_it(
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == package else found(n))
     (setting,) = changed
-    advice = rf"clean\.{setting} needs the package '{package}'.*pip install 'sevenfold\[data\]'"
+    advice = rf"clean\.{setting} needs the package '{package}'.*pip install -e '\.\[data\]'"
     try:
         with pytest.raises(UsageError, match=advice):
             prepare.clean(run, wanted)

@@ -217,6 +217,19 @@ def test_a_dry_run_checks_the_inputs_that_are_there(
     assert "documents.jsonl: its SHA-256 is not the manifest's" in capsys.readouterr().err
 
 
+def test_a_dry_run_names_the_items_that_a_run_would_miss(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = "[{name: validation, kind: text}, {name: x, kind: text, path: away.jsonl}]"
+    asked = ["pretrain", "--preset", "custom", "--dry-run", "--set", f"evaluate.tasks={tasks}"]
+    assert cli.execute(asked) == 0
+    said = capsys.readouterr().out
+    assert "needed before anything trains: away.jsonl (docs/DATA_FORMATS.md, section 7" in said
+    (place / "away.jsonl").touch()
+    assert cli.execute(asked) == 0
+    assert "away.jsonl" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -67,6 +67,7 @@ def make_recipe(**data: Any) -> Any:
             mask_pii=False,
             deduplicate="exact",
         ),
+        model=SimpleNamespace(max_seq_len=64),
         tokenizer=TokenizerConfig(
             vocab_size=512, path=None, max_digits=1, sample_characters=10_000_000
         ),
@@ -354,6 +355,19 @@ def test_settings_that_were_not_prepared_with_are_refused(
         prepared.require_current(village, recipe, name)
 
 
+def test_pairs_longer_than_the_model_reads_are_made_for_its_context(village: Run, run: Run) -> None:
+    shutil.copytree(village.folder, run.folder)
+    recipe = make_recipe()
+    recipe.dpo.data = dataclasses.replace(recipe.dpo.data, max_length=96)
+    prepare.prepare_dpo(run, recipe)
+    prepared.require_current(run, recipe, "dpo")
+    for other, now in ((48, 48), (128, None)):  # at 128 the pair's own bound is all there is
+        recipe.model.max_seq_len = other
+        said = rf"data/dpo: made with context 64, now it is {now}; .*08_prep"
+        with pytest.raises(UsageError, match=said):
+            prepared.require_current(run, recipe, "dpo")
+
+
 def test_a_hub_source_is_known_by_its_revision() -> None:
     first = SourceConfig(name="a", dataset="a/b", revision="v1", split="train")
     assert prepare.source_fingerprint(first) == prepare.source_fingerprint(
@@ -428,6 +442,7 @@ def test_real_rows_are_prepared(village: Run, run: Run, tmp_path: Path) -> None:
     recipe = make_recipe(village=None)
     dolly = source_from_path(SHARED / "sft" / "dolly_hhrlhf_train_small.jsonl")
     harmless = source_from_path(SHARED / "dpo" / "hh_harmless_2000.jsonl.gz")
+    recipe.model.max_seq_len = 4096
     recipe.sft.data = dataclasses.replace(recipe.sft.data, sources=(dolly,), max_length=4096)
     recipe.dpo.data = dataclasses.replace(
         recipe.dpo.data, sources=(harmless,), max_length=4096, max_bad_rows=12

@@ -69,7 +69,11 @@ def test_an_architecture_beside_the_recipe_is_found_first(place: Path) -> None:
             "row_length 64 is shorter than the longest context",
         ),
         ({"overrides": ["dpo.data.max_length=999"]}, "dpo: data.max_length 999 is more than a row"),
-        ({"overrides": ["model.max_seq_len=64"]}, "but the model's max_seq_len is 64"),
+        ({"overrides": ["sft.data.max_length=999"]}, "sft: data.max_length is 999, but .* is 256"),
+        (
+            {"overrides": ["model.max_seq_len=64"]},
+            "pretrain: contexts reach 256 tokens, but the model's max_seq_len is 64",
+        ),
         (
             {"overrides": ["sft.train.tokens_per_batch=300"]},
             "sft.train: found .*; tokens_per_batch 300 is not a multiple of the longest",

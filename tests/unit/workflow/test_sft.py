@@ -86,9 +86,7 @@ def test_rows_are_packed_as_the_stages_recipe_says(
         monkeypatch.setattr(sft.workbench, "load_scorer", ready)
         with pytest.raises(ReadyError):
             {"sft": sft.sft, "lora": lora.lora}[stage](run, recipe, StageOptions())
-    trial.random_rows(
-        cast(Any, types.SimpleNamespace(recipe=recipe, stage=stage, config=config)), 0, 1
-    )
+    trial.random_rows(recipe, stage, config, length=0, num_steps=1)
     assert asked == [packing] * 3
 
 

@@ -16,6 +16,7 @@ from sevenfold.base.hardware import GPUInfo, detect_gpu_type
 from sevenfold.base.records import Run, Source
 from sevenfold.model import float8
 from sevenfold.workflow import contamination, prepare, prepared, training
+from sevenfold.workflow.recipe import resolve
 
 RECIPE: Any = types.SimpleNamespace()
 
@@ -24,6 +25,7 @@ RECIPE: Any = types.SimpleNamespace()
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run with a tokenizer, rows made with it, and a stage trained with it."""
     monkeypatch.setattr(prepared, "settings", lambda recipe, name: {})
+    monkeypatch.setattr(prepared, "require_context", lambda folder, recipe, stage: None)
     monkeypatch.setattr(contamination, "require_searched", lambda run, recipe, name: None)
     made = Run(folder=tmp_path / "run", facts={"preset": "demo"})
     write_tokenizer(made, "first")
@@ -89,6 +91,18 @@ def test_what_descends_from_outside_gets_rows_of_its_own_tokenizer(
     run.write_record("pretrain", {"external": True})
     training.open_rows(run, RECIPE, "sft", source(run, "pretrain"))
     assert asked == [("sft", run.model("pretrain"))]
+
+
+def test_a_later_stage_holds_a_model_from_outside_to_its_context_too(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was measured against the rows of the stage that took it in."""
+    monkeypatch.undo()
+    _, recipe = resolve(overrides=["dpo.data.max_length=200"])
+    folder = run.model("pretrain")
+    dataclasses.replace(recipe.model, max_seq_len=100).to_hf().save_pretrained(folder)
+    with pytest.raises(UsageError, match=r"reads 100 tokens, but dpo\.data\.max_length is 200;"):
+        training.open_rows(run, recipe, "dpo", source(run, "pretrain"))
 
 
 @pytest.mark.parametrize("resume", [True, False])

@@ -166,7 +166,7 @@ def test_four_bits_that_cannot_be_had_are_refused_before_the_first_stage(
     command = ["run", "--run", str(tmp_path / "run"), "--set", "lora.base=nf4"]
     for flags in ([], ["--dry-run"]):
         assert cli.execute([*command, *flags]) == 2
-        assert "pip install 'sevenfold[qlora]', or set lora.base=full" in capsys.readouterr().err
+        assert "pip install -e '.[qlora]', or set lora.base=full" in capsys.readouterr().err
     assert not (tmp_path / "run" / "data").exists()
 
 
