@@ -234,7 +234,9 @@ def test_the_peer_that_is_measured_gets_our_rows(
     what: str, peer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from sevenfold.data import random_rows
+    from sevenfold.workflow import trial
 
+    drawn = trial.FEWEST_ROWS * 256  # more than the steps need, so that they are packed as a run's
     told = ["--preset", "demo", "--steps", "1", "--micro-batch", "2", "--alone"]
     told += ["--set", f"{what}.train.tokens_per_batch=256", "--set", "model.max_seq_len=512"]
     told += ["--peer-tokens", "1024"] if what == "dpo" else []
@@ -247,15 +249,17 @@ def test_the_peer_that_is_measured_gets_our_rows(
     rows = seen[0].train_dataset
     assert seen[0].args.max_length == 256  # our row's, whatever the model reads
     if what == "dpo":
-        ours = random_rows.random_preferences(
-            768, 256, vocab_size=1024, seed=7, share_prompts=False
-        ).preferences
-        assert [row["chosen_ids"] for row in rows] == [p.chosen for p in ours[: len(rows)]]
+        packed = random_rows.random_preferences(
+            drawn, 256, vocab_size=1024, seed=7, share_prompts=False
+        )
+        ours = packed.preferences[: len(rows)]
+        assert [row["chosen_ids"] for row in rows] == [pair.chosen for pair in ours]
         assert line["pairs_s_per_gpu"] > 0
-        # Four rows a step instead of one, of at least two pairs each.
-        assert seen[0].args.gradient_accumulation_steps >= 4
+        # Four rows a step instead of one, and two pairs a pass.
+        pairs_a_row = len(packed.preferences) / packed.num_rows
+        assert seen[0].args.gradient_accumulation_steps == round(4 * pairs_a_row / 2) >= 3
     else:
-        pieces = random_rows.random_conversations(768, 256, vocab_size=1024, seed=7).pieces
+        pieces = random_rows.random_conversations(drawn, 256, vocab_size=1024, seed=7).pieces
         assert sorted(i for row in rows for i in row["input_ids"]) == sorted(
             i for piece in pieces for i in piece.ids
         )
