@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import os
-import subprocess
 from typing import Any, TypedDict
 
 import torch
@@ -93,20 +91,6 @@ def _describe(name: str, memory_gib: float, capability: tuple[int, int], num_gpu
         compile_mode="max-autotune" if hopper else "default",
         peak_bf16_tflops=PEAK_BF16_TFLOPS.get(known, 0.0),
     )
-
-
-def power_limit_w() -> float | None:
-    """Return the power limit of this process's GPU in watts, None where nvidia-smi does not say."""
-    if not torch.cuda.is_available():
-        return None
-    gpu = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
-    query = ["--query-gpu=power.limit", "--format=csv,noheader,nounits", f"--id={gpu}"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
-        found = subprocess.run(
-            ["nvidia-smi", *query], capture_output=True, text=True, check=True, timeout=20
-        )
-        return float(found.stdout)
-    return None
 
 
 def setup_torch_backends(*, deterministic: bool = False) -> None:

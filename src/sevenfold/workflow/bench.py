@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sevenfold.base import console, hardware, records, storage
+from sevenfold.base import console, gpu_clock, hardware, records, storage
 from sevenfold.base.errors import UsageError
 from sevenfold.data.packing import PackedPreferences
 from sevenfold.data.random_rows import RandomRows
@@ -173,6 +173,8 @@ def _training(asked: Bench) -> Iterator[dict[str, Any]]:
             **{f"{phase}_s": seconds for phase, seconds in found.phases_s.items()},
             "slowest_step_s": found.slowest_step_s,
             "first_step_s": found.first_step_s,
+            "sm_clock_mhz": found.sm_clock_mhz,
+            "slowed_by": found.slowed_by,
             **_program(),
         }
 
@@ -233,7 +235,7 @@ def _facts(asked: Bench, tried: trial.Trial, length: int) -> dict[str, Any]:
 def _program() -> dict[str, Any]:
     return {
         "gpu": hardware.detect_gpu_type()["name"],
-        "power_limit_w": hardware.power_limit_w(),
+        "power_limit_w": gpu_clock.power_limit_w(),
         "code": records.code_version(),
         "versions": records.package_versions(),
     }

@@ -21,10 +21,10 @@ import torch
 
 from sevenfold.base import console, records, storage
 from sevenfold.base.errors import UsageError
+from sevenfold.base.gpu_clock import power_limit_w
 from sevenfold.base.hardware import (
     detect_gpu_type,
     peak_memory_gib,
-    power_limit_w,
     reset_peak_memory,
     setup_torch_backends,
     training_device,

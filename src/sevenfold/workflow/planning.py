@@ -271,12 +271,31 @@ def dry_run(
 def _rehearse(recipe: Recipe, planned: StagePlan) -> None:
     from sevenfold.workflow.rehearsal import rehearse
 
-    stage = planned.stage
+    stage, plan = planned.stage, planned.plan
     config = decide(planned.config)
-    predicted = {part.seq_len: part.peak_gib for part in planned.plan.memory}
+    predicted = {part.seq_len: part.peak_gib for part in plan.memory}
+    measured = {int(row["seq_len"]): row for row in rehearse(recipe, stage, config)}
+    rate = plan.tokens_per_s_per_gpu
     rows = [
-        [int(row["seq_len"]), predicted.get(int(row["seq_len"])), row["peak_gib"], row["tok_s"]]
-        for row in rehearse(recipe, stage, config)
+        [
+            length,
+            predicted.get(length),
+            row["peak_gib"],
+            rate and f"{rate:,.0f}",
+            f"{row['tok_s']:,.0f}",
+        ]
+        for length, row in measured.items()
     ]
-    columns = ["context", "predicted GiB", "measured GiB", "tokens/s per GPU"]
-    console.print_table(f"a few steps of {stage} on random tokens", columns, rows)
+    columns = ["context", "planned GiB", "measured GiB", "planned tokens/s", "measured tokens/s"]
+    console.print_table(f"a few steps of {stage} on random tokens, each GPU's", columns, rows)
+    if planned.has_length and plan.elapsed_s is not None:
+        ends = [0.0, *(phase.until for phase in config.contexts)]
+        seconds_per_token = sum(
+            (phase.until - begin) / measured[phase.length]["tok_s"]
+            for begin, phase in zip(ends, config.contexts, strict=False)
+        )
+        hours = plan.tokens * seconds_per_token / plan.world_size / 3600
+        console.print_line(
+            f"at the measured rate {stage} takes {hours:,.1f} h (planned: "
+            f"{plan.elapsed_s / 3600:,.1f} h)"
+        )

@@ -19,6 +19,7 @@ import torch
 from sevenfold.base import records, storage
 from sevenfold.base.config import to_plain
 from sevenfold.base.errors import DivergedError, StoppedError
+from sevenfold.base.gpu_clock import ClockWatch
 from sevenfold.base.hardware import OOMHandler, detect_gpu_type, peak_memory_gib
 from sevenfold.data.batches import Batches
 from sevenfold.data.packing import PackedConversations, PackedPreferences
@@ -37,6 +38,8 @@ from sevenfold.workflow.recipe import Recipe
 WARM_UP = 2
 DOCUMENTS_PER_ROW = 8
 NEVER = 1 << 30
+# At the GPU's clock; a step of the 7B lasts nine seconds.
+LOOK_EVERY_S = 2.0
 # Of packed rows: enough to be packed as tightly as a run's are (57 rows of pairs are 97.4 % full,
 # 593 are 99.3), and not to repeat within a measurement; few enough to be made in a second or two.
 FEWEST_ROWS, MOST_TOKENS = 512, 1 << 22
@@ -61,7 +64,7 @@ class Trial:
 class Measured:
     """Medians over the steps after the warm-up, in seconds, and the peak of memory since then.
 
-    ``rows`` are what was trained on.
+    ``rows`` are what was trained on; ``sm_clock_mhz`` and ``slowed_by`` the GPU's clock meanwhile.
     """
 
     first_step_s: float
@@ -70,6 +73,8 @@ class Measured:
     phases_s: dict[str, float]
     peak_gib: float
     rows: Rows
+    sm_clock_mhz: float | None
+    slowed_by: list[str]
 
     @property
     def scored_share(self) -> float:
@@ -264,7 +269,8 @@ def measure(trial: Trial, length: int, *, num_steps: int) -> Measured:
     whole = WARM_UP + num_steps
     rows = random_rows(trial.recipe, trial.stage, trial.config, length=length, num_steps=whole)
     bench = make_bench(trial, length, num_steps=whole, rows=rows)
-    steps = train(bench, whole, warm_up=WARM_UP)
+    with ClockWatch(LOOK_EVERY_S) as clock:
+        steps = train(bench, whole, warm_up=WARM_UP)
     warm = steps[WARM_UP:]
     return Measured(
         first_step_s=totals(steps)[0],
@@ -276,4 +282,6 @@ def measure(trial: Trial, length: int, *, num_steps: int) -> Measured:
         },
         peak_gib=peak_memory_gib(),
         rows=rows,
+        sm_clock_mhz=clock.sm_clock_mhz,
+        slowed_by=clock.slowed_by,
     )

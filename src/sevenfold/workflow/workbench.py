@@ -12,6 +12,7 @@ from torch._functorch import config as functorch
 from sevenfold.base import records, storage
 from sevenfold.base.console import TrainingProgress, print_line
 from sevenfold.base.errors import UsageError
+from sevenfold.base.gpu_clock import ClockWatch
 from sevenfold.base.hardware import (
     OOMHandler,
     detect_gpu_type,
@@ -308,6 +309,6 @@ def train(job: Job, bench: loop.Workbench) -> dict[str, Any]:
         stages=watching.stage_strip(stages, job.stage),
         later_steps=remaining.steps_after(stages, job.stage, bench.config.tokens_per_batch),
     )
-    with bar, tracking.tracked(job) as tracker:
+    with bar, tracking.tracked(job) as tracker, ClockWatch():
         bench.progress = _Shown(bar, tracker)
         return loop.fit(bench)

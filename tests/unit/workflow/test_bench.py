@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from sevenfold.base import hardware
 from sevenfold.base.errors import CheckpointError, DivergedError, StoppedError
 from sevenfold.model import accumulating
 from sevenfold.objective.next_token import NEXT_TOKEN, Objective
@@ -80,6 +79,7 @@ def test_a_stage(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert line["first_step_s"] > 0
         assert line["slowest_step_s"] >= line["step_s"]
         assert line["peak_gib"] > 0 < line["planned_gib"]
+        assert {"sm_clock_mhz", "slowed_by"} <= line.keys()
         assert line["mfu"] is None  # no peak is known of a CPU
     if what != "pretrain":
         packed = lines[0]["non_padding_tokens_s_per_gpu"] / lines[0]["tokens_s_per_gpu"]
@@ -295,24 +295,6 @@ def test_the_rehearsal_of_preferences_reads_pairs() -> None:
     made = trial.make_bench(trial.prepare(recipe, "dpo", config), LENGTH, num_steps=1)
     assert made.objective.weigh(made.batches.batch(0)) >= 1
     assert made.batches.batch(0).examples_bs is not None
-
-
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [("echo 700.00", 700.0), ("echo '[N/A]'", None), ("exit 9", None), (None, None)],
-)
-def test_the_power_limit_is_asked_of_nvidia_smi(
-    answer: str | None, expected: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if answer is not None:
-        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{answer}\n")
-        (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    properties = type("Properties", (), {"uuid": "1-2-3"})
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    assert hardware.power_limit_w() == expected
 
 
 def test_digests_tell_names_types_and_values_apart() -> None:

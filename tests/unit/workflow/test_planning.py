@@ -76,7 +76,9 @@ def test_a_plan_shows_what_the_stage_will_choose(monkeypatch: pytest.MonkeyPatch
     assert planned.plan.memory[0].loss_gib < 0.8
 
 
-def test_what_is_planned_is_what_is_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_planned_is_what_is_rehearsed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Also where a run goes on with what another planner, or another machine, chose for it."""
     changes = ("pretrain.precision=bf16", "pretrain.recompute=auto")
     planned = plan_on(H100, "pretrain", "7b", *changes)
@@ -85,12 +87,19 @@ def test_what_is_planned_is_what_is_rehearsed(monkeypatch: pytest.MonkeyPatch) -
 
     def rehearse(recipe: recipes.Recipe, stage: str, config: TrainConfig) -> list[Any]:
         seen.append(config)
-        return []
+        rates = {512: 10_000.0, 1024: 5_000.0, 2048: 20_000.0}
+        return [{"seq_len": k, "peak_gib": 70.0, "tok_s": v} for k, v in rates.items()]
 
     monkeypatch.setattr(rehearsal, "rehearse", rehearse)
     recipe = recipes.resolve("7b", None, changes, Path("unused"))[1]
     planning._rehearse(recipe, dataclasses.replace(planned, config=chosen))
     assert [(each.micro_batch, each.recompute) for each in seen] == [(1, True)]
+    # 512 tokens to 30 % of the run, 1,024 to 70, 2,048 to the end: what each length takes, summed.
+    assert [phase.until for phase in chosen.contexts] == [0.3, 0.7, 1.0]
+    hours = planned.plan.tokens * (0.3 / 10_000 + 0.4 / 5_000 + 0.3 / 20_000) / 3600
+    out = capsys.readouterr().out
+    assert f"at the measured rate pretrain takes {hours:,.1f} h (planned: " in out
+    assert "10,000" in out
 
 
 def test_a_run_that_began_with_a_model_from_outside_is_planned_by_its_sizes(

@@ -1,0 +1,137 @@
+"""What NVIDIA's driver says of this process's GPU: its power limit, its clock, what slows it.
+
+A GPU that is too hot or short of power runs at a third of its speed without an error, so whoever
+measures or trains looks at its clock meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import statistics
+import subprocess
+import threading
+from typing import Self
+
+import torch
+
+log = logging.getLogger(__name__)
+
+# Bits of the driver's answer (NVML, "clocks event reasons").
+IDLE = 0x1
+REASONS = {
+    0x2: "clock_setting",
+    0x4: "power_cap",
+    0x8: "hardware_slowdown",
+    0x10: "sync_boost",
+    0x20: "temperature",
+    0x40: "temperature_alarm",
+    0x80: "power_brake",
+}
+# An H100 at work runs into its power limit all the time; from these somebody should free it.
+WRONG = 0x8 | 0x20 | 0x40 | 0x80
+# The name of the field that holds them, and the one that drivers before 535 know.
+FIELDS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
+LOOK_EVERY_S = 60.0
+
+
+def power_limit_w() -> float | None:
+    """Return the power limit of this process's GPU in watts, None where nvidia-smi does not say."""
+    if not torch.cuda.is_available():
+        return None
+    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
+        return float(_ask(_this_gpu(), "power.limit")[0])
+    return None
+
+
+class ClockWatch(threading.Thread):
+    """Looks at the clock while this process's GPU works, and warns while something slows it.
+
+    Without a GPU, or where nvidia-smi does not say, it does nothing.
+    """
+
+    def __init__(self, every_s: float = LOOK_EVERY_S):
+        """Look every ``every_s`` seconds from entering to leaving."""
+        super().__init__(name="gpu-clock", daemon=True)
+        self.every_s = every_s
+        self._gpu = ""
+        self._clocks_mhz: list[float] = []
+        self._bits: list[int] = []
+        self._told = False
+        self._done = threading.Event()
+
+    @property
+    def sm_clock_mhz(self) -> float | None:
+        """The median clock while it worked, in MHz; None where nothing is known."""
+        return statistics.median(self._clocks_mhz) if self._clocks_mhz else None
+
+    @property
+    def slowed_by(self) -> list[str]:
+        """What held the clock down in at least half of the looks."""
+        often = {
+            name: sum(bool(seen & bit) for seen in self._bits) for bit, name in REASONS.items()
+        }
+        return [name for name, count in often.items() if count and 2 * count >= len(self._bits)]
+
+    def run(self) -> None:
+        """Look until it is over, or nobody answers."""
+        while not self._done.wait(self.every_s):
+            try:
+                clock, highest, bits = _clock(self._gpu)
+            except (OSError, subprocess.SubprocessError, ValueError):
+                return
+            if not bits & IDLE:
+                self._note(clock, highest, bits)
+
+    def _note(self, clock: float, highest: float, bits: int) -> None:
+        # Twice in a row: a change of clocks looks like a slowdown for a moment.
+        before = self._bits[-1] if self._bits else 0
+        lasting = [name for bit, name in REASONS.items() if before & bits & bit & WRONG]
+        self._clocks_mhz.append(clock)
+        self._bits.append(bits)
+        if lasting and not self._told:
+            log.warning(
+                "the GPU is slowed (%s): its clock is at %.0f MHz of %.0f; look at its cooling and "
+                "power supply (`nvidia-smi -q -d PERFORMANCE,TEMPERATURE,POWER`), or use another",
+                ", ".join(lasting),
+                clock,
+                highest,
+            )
+        elif self._told and not lasting:
+            log.warning("the GPU is no longer slowed: its clock is at %.0f MHz", clock)
+        self._told = bool(lasting)
+
+    def __enter__(self) -> Self:
+        """Begin to look, where there is a GPU."""
+        if torch.cuda.is_available():
+            self._gpu = _this_gpu()  # which one it is, another thread would not know
+            self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Look no more."""
+        self._done.set()
+        if self.is_alive():
+            self.join()
+
+
+def _this_gpu() -> str:
+    return f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+
+
+def _clock(gpu: str) -> tuple[float, float, int]:
+    """Return the clock and the highest one in MHz, and the bits of what holds it down."""
+    for field in FIELDS:
+        with contextlib.suppress(subprocess.CalledProcessError):
+            clock, highest, bits = _ask(gpu, f"clocks.sm,clocks.max.sm,{field}")
+            return float(clock), float(highest), int(bits, 16)
+    raise ValueError(f"nvidia-smi knows no clocks of {gpu}")
+
+
+def _ask(gpu: str, fields: str) -> list[str]:
+    """Return what nvidia-smi says of a GPU, field by field."""
+    query = [f"--query-gpu={fields}", "--format=csv,noheader,nounits", f"--id={gpu}"]
+    found = subprocess.run(
+        ["nvidia-smi", *query], capture_output=True, text=True, check=True, timeout=20
+    )
+    return found.stdout.split(",")
