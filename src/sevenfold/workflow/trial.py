@@ -40,9 +40,9 @@ DOCUMENTS_PER_ROW = 8
 NEVER = 1 << 30
 # At the GPU's clock; a step of the 7B lasts nine seconds.
 LOOK_EVERY_S = 2.0
-# Of packed rows: enough to be packed as tightly as a run's are (57 rows of pairs are 97.4 % full,
-# 593 are 99.3), and not to repeat within a measurement; few enough to be made in a second or two.
-FEWEST_ROWS, MOST_TOKENS = 512, 1 << 22
+# Of packed rows: enough to be packed as a run's are and not to hang on a few drawn lengths
+# (docs/performance.md, "DPO in rows of two contexts"); few enough to be made in a second or two.
+FEWEST_ROWS, MOST_TOKENS = 2048, 1 << 22
 
 
 Rows = RandomRows | PackedConversations | PackedPreferences
