@@ -27,6 +27,8 @@ from sevenfold.base.errors import UsageError, nearest, without_secrets
 T = TypeVar("T")
 # The largest preset has 12 kB. Reading this much takes half a second, whatever stands in it.
 MAX_YAML_BYTES = 100_000
+# PyYAML takes time with the square of the depth.
+MAX_YAML_DEPTH = 50
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -37,7 +39,9 @@ def configuration(cls: type[T]) -> type[T]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 scalars, and neither aliases nor duplicate keys."""
+    """SafeLoader with YAML 1.2 scalars, and neither aliases nor duplicate keys nor great depth."""
+
+    _depth = 0  # of the node that is being composed
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
@@ -49,7 +53,15 @@ class _StrictLoader(yaml.SafeLoader):
             raise UsageError(
                 f"{_mark(event.start_mark)}: tag '{event.tag}' is not read; write a plain value"
             )
-        return super().compose_node(parent, index)
+        if self._depth == MAX_YAML_DEPTH:
+            raise UsageError(
+                f"{_mark(event.start_mark)}: more than {MAX_YAML_DEPTH} levels deep; a "
+                "configuration has a handful"
+            )
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -102,8 +114,8 @@ def read_yaml(path: Path) -> Document:
     """Read one YAML mapping from ``path``.
 
     Errors:
-        UsageError: missing file, over 100 kB, malformed YAML, a tag, an alias, a duplicate key, a
-            number that is not finite, no UTF-8, or something else than a mapping at the top.
+        UsageError: missing file, over 100 kB, malformed YAML, a tag, an alias, a duplicate key,
+            more than 50 levels, a number that is not finite, no UTF-8, or no mapping at the top.
     """
     if not path.is_file():
         raise UsageError(f"{path}: no such file; name an existing YAML file")

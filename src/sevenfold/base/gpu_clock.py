@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import platform
 import statistics
 import subprocess
 import threading
@@ -33,6 +34,9 @@ WRONG = 0x8 | 0x20 | 0x40 | 0x80
 # The name of the field that holds them, and the one that drivers before 535 know.
 FIELDS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
 LOOK_EVERY_S = 60.0
+# So many failures in a row are no busy machine. A driver that has lost its GPU may never answer, so
+# nobody waits for it in the end.
+MOST_FAILURES, LEAVE_S = 5, 1.0
 
 
 def power_limit_w() -> float | None:
@@ -55,6 +59,7 @@ class ClockWatch(threading.Thread):
         super().__init__(name="gpu-clock", daemon=True)
         self.every_s = every_s
         self._gpu = ""
+        self._before = 0
         self._clocks_mhz: list[float] = []
         self._bits: list[int] = []
         self._told = False
@@ -75,30 +80,35 @@ class ClockWatch(threading.Thread):
 
     def run(self) -> None:
         """Look until it is over, or nobody answers."""
-        while not self._done.wait(self.every_s):
+        failures = 0
+        while not self._done.wait(self.every_s) and failures < MOST_FAILURES:
             try:
                 clock, highest, bits = _clock(self._gpu)
             except (OSError, subprocess.SubprocessError, ValueError):
-                return
+                failures += 1
+                continue
+            failures = 0
             if not bits & IDLE:
-                self._note(clock, highest, bits)
+                self._clocks_mhz.append(clock)
+                self._bits.append(bits)
+                self._tell(clock, highest, bits & self._before)
+            self._before = bits
 
-    def _note(self, clock: float, highest: float, bits: int) -> None:
-        # Twice in a row: a change of clocks looks like a slowdown for a moment.
-        before = self._bits[-1] if self._bits else 0
-        lasting = [name for bit, name in REASONS.items() if before & bits & bit & WRONG]
-        self._clocks_mhz.append(clock)
-        self._bits.append(bits)
+    def _tell(self, clock: float, highest: float, bits: int) -> None:
+        """Say what ``bits``, of two looks in a row, mean; one may be a change of clocks."""
+        lasting = [name for bit, name in REASONS.items() if bits & bit & WRONG]
+        where = f"{platform.node()}, {self._gpu}"
         if lasting and not self._told:
             log.warning(
-                "the GPU is slowed (%s): its clock is at %.0f MHz of %.0f; look at its cooling and "
-                "power supply (`nvidia-smi -q -d PERFORMANCE,TEMPERATURE,POWER`), or use another",
+                "%s is slowed (%s): its clock is at %.0f MHz of %.0f; look at its cooling and its "
+                "power (`nvidia-smi -q -d PERFORMANCE,TEMPERATURE,POWER`), or use another",
+                where,
                 ", ".join(lasting),
                 clock,
                 highest,
             )
         elif self._told and not lasting:
-            log.warning("the GPU is no longer slowed: its clock is at %.0f MHz", clock)
+            log.warning("%s is no longer slowed: its clock is at %.0f MHz", where, clock)
         self._told = bool(lasting)
 
     def __enter__(self) -> Self:
@@ -112,7 +122,7 @@ class ClockWatch(threading.Thread):
         """Look no more."""
         self._done.set()
         if self.is_alive():
-            self.join()
+            self.join(LEAVE_S)
 
 
 def _this_gpu() -> str:

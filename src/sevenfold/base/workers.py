@@ -51,15 +51,22 @@ def share(
         workers, mp_context=multiprocessing.get_context("spawn"), initializer=_become_worker
     )
     processes: set[BaseProcess] = set()
+    refused: OSError | None = None
     try:
         waiting = []
         for task in tasks:
-            waiting.append(pool.submit(perform, task))
+            try:
+                waiting.append(pool.submit(perform, task))
+            except OSError as error:  # no more processes; or the pool broke, as a result will say
+                refused = error
+                break
             if len(processes) < workers:  # it starts them one by one, as tasks come
                 processes.update(multiprocessing.active_children())
                 processes -= others
         for future in waiting:
             yield future.result()
+        if refused is not None:
+            raise refused
         pool.shutdown()
     except BrokenProcessPool:
         raise SevenfoldError(_what_ended(processes)) from None
@@ -100,7 +107,8 @@ def _end_with_parent() -> None:
 def _what_ended(processes: Collection[BaseProcess]) -> str:
     _join(processes)
     usual = (None, 0, -signal.SIGTERM)  # SIGTERM is what ends the others then
-    ended = [process for process in processes if process.exitcode not in usual]
+    by_name = sorted(processes, key=lambda process: process.name)
+    ended = [process for process in by_name if process.exitcode not in usual]
     found = "a worker process ended"
     if ended:
         code = int(ended[0].exitcode or 0)

@@ -73,7 +73,7 @@ class Checkpoints:
     def require_room(self, size_bytes: int, num_to_come: int) -> None:
         """Refuse to start where the disk cannot hold what is to be kept, and one being written.
 
-        ``num_to_come`` will be written if nothing interrupts: a short run keeps fewer.
+        ``num_to_come`` will be written if nothing interrupts: a short run has fewer at any time.
 
         Errors:
             UsageError: it cannot; the message has the sizes.
@@ -82,13 +82,13 @@ class Checkpoints:
         steps = self.steps()
         files = [path for step in steps for path in self.path(step).rglob("*")]
         present = sum(path.stat().st_size for path in files if path.is_file())
-        count = min(self.keep + self.keep_best, len(steps) + num_to_come) + 1
+        count = min(self.keep + self.keep_best + 1, len(steps) + num_to_come)
         needed = size_bytes * count - present
         free = shutil.disk_usage(parent).free
         if needed > free:
             raise UsageError(
-                f"{self.folder}: {count} checkpoints of {size_bytes / 2**30:.2f} GiB (those kept, "
-                f"and one being written) need {needed / 2**30:.2f} GiB more, "
+                f"{self.folder}: {count} checkpoints of {size_bytes / 2**30:.2f} GiB (those kept "
+                f"and one being written, or all of a short run) need {needed / 2**30:.2f} GiB more, "
                 f"{free / 2**30:.2f} GiB are free; set a smaller keep_checkpoints, or choose a "
                 "--run folder on a larger disk"
             )

@@ -253,6 +253,11 @@ def dry_run(
     planned = [plan_stage(run, recipe, stage, model=model) for stage in stages]
     for each in planned:
         print_plan(each)
+    if missing := missing_items(recipe, stages):
+        console.print_line(
+            f"not there yet, and needed before anything trains: {', '.join(missing)} "
+            "(docs/DATA_FORMATS.md, section 7, says where public items come from)"
+        )
     gpu = detect_gpu_type()
     for each in planned:
         _require_computable(recipe, each.stage)
@@ -260,11 +265,6 @@ def dry_run(
     if planned and gpu["num_gpus"] and model is None:
         worst = max(planned, key=lambda each: each.plan.peak_gib)
         _rehearse(recipe, worst)
-    if missing := missing_items(recipe, stages):
-        console.print_line(
-            f"not there yet, and needed before anything trains: {', '.join(missing)} "
-            "(docs/DATA_FORMATS.md, section 7, says where public items come from)"
-        )
     console.print_line("dry run: this machine can do everything asked for; nothing was written")
 
 
@@ -275,19 +275,12 @@ def _rehearse(recipe: Recipe, planned: StagePlan) -> None:
     config = decide(planned.config)
     predicted = {part.seq_len: part.peak_gib for part in plan.memory}
     measured = {int(row["seq_len"]): row for row in rehearse(recipe, stage, config)}
-    rate = plan.tokens_per_s_per_gpu
     rows = [
-        [
-            length,
-            predicted.get(length),
-            row["peak_gib"],
-            rate and f"{rate:,.0f}",
-            f"{row['tok_s']:,.0f}",
-        ]
+        [length, predicted.get(length), row["peak_gib"], f"{row['tok_s']:,.0f}"]
         for length, row in measured.items()
     ]
-    columns = ["context", "planned GiB", "measured GiB", "planned tokens/s", "measured tokens/s"]
-    console.print_table(f"a few steps of {stage} on random tokens, each GPU's", columns, rows)
+    columns = ["context", "planned GiB", "measured GiB", "tokens/s per GPU"]
+    console.print_table(f"a few steps of {stage} on random tokens", columns, rows)
     if planned.has_length and plan.elapsed_s is not None:
         ends = [0.0, *(phase.until for phase in config.contexts)]
         seconds_per_token = sum(

@@ -136,9 +136,10 @@ def _require_settings(folder: Path, made_with: Any, wanted: dict[str, Any], scri
             continue
         then = made_with.get(key) if isinstance(made_with, dict) else None
         if then != now:
+            bound = "a bound for an answer with its prompt (model.max_seq_len) of"
             raise UsageError(
-                f"{folder}: made with {key} {then}, now it is {now}; run {script} with that "
-                "setting first, or set it back"
+                f"{folder}: made with {bound if key == 'context' else key} {then}, now it is "
+                f"{now}; run {script} with that setting first, or set it back"
             )
 
 

@@ -193,7 +193,8 @@ def dry_run(job: Job, stages: Sequence[str], options: argparse.Namespace) -> Non
     if not stages:
         console.print_line("dry run: the recipe is valid and no stage trains; nothing was written")
         return
-    arguments = [stages[0], "--dry-run", "--preset", job.run.preset]
+    asked = stages[:1] if len(stages) == 1 else ["run", "--from", stages[0], "--until", stages[-1]]
+    arguments = [*asked, "--dry-run", "--preset", job.run.preset]
     arguments += [] if options.config is None else ["--config", str(options.config)]
     arguments += [] if options.fp8 is None else ["--fp8" if options.fp8 else "--no-fp8"]
     for assignment in options.set:

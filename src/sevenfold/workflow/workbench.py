@@ -265,7 +265,8 @@ def assemble(
     if processes.is_main and bench.step < num_steps:
         trained = sum(p.numel() * p.element_size() for p in bench.trained.values())
         moments = optimizer.state_bytes(scorer, config.optimizer)
-        num_to_come = math.ceil((num_steps - bench.step) / config.checkpoint_every)
+        every = config.checkpoint_every
+        num_to_come = math.ceil(num_steps / every) - bench.step // every  # the last step's, too
         bench.checkpoints.require_room(trained + moments, num_to_come)
     return bench
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,25 +37,18 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
     return write
 
 
-def say_in_turn(say: Say, *answers: str) -> None:
-    """One answer after the other; the last one again and again."""
+def watch(say: Say, *answers: str) -> gpu_clock.ClockWatch:
+    """Look until so many answers have been given; then there are none, and the watch gives up."""
     folder = say(None)
     (folder / "answers").write_text("\n".join(answers) + "\n")
-    say(
-        f"cd {folder}; echo >>asked; line=$(sed -n $(wc -l <asked)p answers)\n"
-        'echo "${line:-$(tail -n 1 answers)}"'
-    )
+    say(f"cd {folder}; echo >>asked; sed -n $(wc -l <asked)p answers")
+    return watch_to_the_end()
 
 
-def watch(folder: Path, count: int) -> gpu_clock.ClockWatch:
-    """Look until nvidia-smi has been asked so often."""
-    with gpu_clock.ClockWatch(0.01) as clock:
-        give_up_s = time.monotonic() + 30
-        while clock.is_alive() and time.monotonic() < give_up_s:
-            if (folder / "asked").is_file() and len((folder / "asked").read_text()) > count:
-                break
-            time.sleep(0.01)
-    assert not clock.is_alive()
+def watch_to_the_end() -> gpu_clock.ClockWatch:
+    with gpu_clock.ClockWatch(0.001) as clock:
+        clock.join(60)
+        assert not clock.is_alive()
     return clock
 
 
@@ -68,43 +62,68 @@ def test_the_power_limit_is_asked_for(answer: str | None, expected: float | None
 
 
 def test_a_gpu_at_its_power_limit_is_as_it_should_be(
-    say: Say, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    say: Say, caplog: pytest.LogCaptureFixture
 ) -> None:
-    say_in_turn(say, IDLE, IDLE, IDLE, AT_WORK)
-    clock = watch(tmp_path, 6)
+    clock = watch(say, IDLE, IDLE, IDLE, AT_WORK, AT_WORK)
     assert clock.sm_clock_mhz == 1410  # what it had while it waited is no speed
     assert clock.slowed_by == ["power_cap"]
     assert not caplog.records
 
 
 def test_a_gpu_that_is_too_hot_is_reported_once_and_when_it_has_cooled(
-    say: Say, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    say: Say, caplog: pytest.LogCaptureFixture
 ) -> None:
-    say_in_turn(say, AT_WORK, TOO_HOT, AT_WORK, TOO_HOT, TOO_HOT, TOO_HOT, TOO_HOT, AT_WORK)
     with caplog.at_level(logging.WARNING):
-        clock = watch(tmp_path, 8)
+        clock = watch(say, AT_WORK, TOO_HOT, AT_WORK, TOO_HOT, TOO_HOT, TOO_HOT, TOO_HOT, AT_WORK)
     begun, ended = [record.getMessage() for record in caplog.records]
-    assert "slowed (hardware_slowdown, temperature, temperature_alarm)" in begun
+    assert f"{platform.node()}, GPU-1-2-3 is slowed (hardware_slowdown, temperature, tem" in begun
     assert "345 MHz of 1980; look at its cooling" in begun
-    assert ended == "the GPU is no longer slowed: its clock is at 1410 MHz"
+    assert ended.endswith("GPU-1-2-3 is no longer slowed: its clock is at 1410 MHz")
     assert clock.slowed_by == ["hardware_slowdown", "temperature", "temperature_alarm"]
+
+
+def test_two_looks_with_a_pause_between_are_not_in_a_row(
+    say: Say, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert watch(say, AT_WORK, TOO_HOT, IDLE, TOO_HOT, AT_WORK).sm_clock_mhz == (345 + 1410) / 2
+    assert not caplog.records
+
+
+def test_a_few_failures_are_not_the_end(say: Say, caplog: pytest.LogCaptureFixture) -> None:
+    clock = watch(say, AT_WORK, *[""] * (gpu_clock.MOST_FAILURES - 1), TOO_HOT, TOO_HOT)
+    assert clock.sm_clock_mhz == 345
+    assert len(caplog.records) == 1
 
 
 def test_an_older_driver_knows_the_older_name(say: Say, tmp_path: Path) -> None:
     say(
-        f"echo >>{tmp_path}/asked\n"
-        f'case "$1" in *throttle*) echo "{AT_WORK}";; *) echo not a valid field; exit 2;; esac'
+        f"[ -e {tmp_path}/done ] && exit 9\n"
+        f'case "$1" in *throttle*) touch {tmp_path}/done; echo "{AT_WORK}";;\n'
+        "*) echo not a valid field; exit 2;; esac"
     )
-    assert watch(tmp_path, 4).sm_clock_mhz == 1410
+    assert watch_to_the_end().sm_clock_mhz == 1410
 
 
 @pytest.mark.parametrize("answer", [None, "exit 9", "echo '[N/A], [N/A], [N/A]'", "echo"])
 def test_nothing_is_claimed_where_nobody_answers(
-    answer: str | None, say: Say, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    answer: str | None, say: Say, caplog: pytest.LogCaptureFixture
 ) -> None:
     say(answer)
-    clock = watch(tmp_path, 1)
+    clock = watch_to_the_end()
     assert (clock.sm_clock_mhz, clock.slowed_by, caplog.records) == (None, [], [])
+
+
+def test_nobody_waits_for_a_driver_that_does_not_answer(
+    say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_clock, "LEAVE_S", 0.05)
+    say(f"touch {tmp_path}/asked; exec sleep 3")
+    with gpu_clock.ClockWatch(0.0) as clock:
+        while not (tmp_path / "asked").exists():
+            time.sleep(0.01)
+        left_at_s = time.monotonic()
+    assert time.monotonic() - left_at_s < 2
+    clock.join(60)
 
 
 def test_without_a_gpu_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
-from multiprocessing import popen_fork
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.unit.base import worker_tasks
@@ -45,32 +45,56 @@ def test_a_workers_refusal_is_ours() -> None:
     assert not multiprocessing.active_children()
 
 
-def test_a_worker_that_the_pools_thread_joined_first_is_waited_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_worker_that_the_pools_thread_joined_first_is_waited_for() -> None:
     """CPython's thread of the pool joins too, and notes an exit code after the system forgot it."""
 
-    plain = popen_fork.Popen.poll
+    class Joined:
+        looks = 0
 
-    def poll(process: popen_fork.Popen, flag: int = os.WNOHANG) -> int | None:
-        if process.returncode is not None or flag == os.WNOHANG:
-            return plain(process, flag)
-        if threading.current_thread() is threading.main_thread():
-            time.sleep(0.05)  # the pool's thread is first
-        try:
-            _, status = os.waitpid(process.pid, flag)
-        except OSError:
-            return None
-        time.sleep(0.2)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        return process.returncode
+        @property
+        def exitcode(self) -> int | None:
+            self.looks += 1
+            return -9 if self.looks > 5 else None
 
-    monkeypatch.setattr(popen_fork.Popen, "poll", poll)
-    with pytest.raises(BadDataError, match="number 0 is bad; give another"):
-        list(workers.share(worker_tasks.refuse, range(3), workers=2))
-    assert not multiprocessing.active_children()
+        def join(self, timeout: float) -> None:
+            assert timeout < 1
+
+    process = Joined()
+    workers._join([process])  # type: ignore[list-item]
+    assert process.looks == 6
+
+
+def test_a_worker_that_ends_while_tasks_are_handed_out_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = ProcessPoolExecutor.submit
+
+    def submit(pool: ProcessPoolExecutor, *task: Any) -> Any:
+        waiting = plain(pool, *task)
+        if task[1] >= 2:  # the one that dies of it
+            time.sleep(2)
+        return waiting
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", submit)
     with pytest.raises(SevenfoldError, match=r"worker process \d+ ended by SIGKILL .*fewer --work"):
         list(workers.share(worker_tasks.die, range(5), workers=2))
+    assert not multiprocessing.active_children()
+
+
+def test_a_process_that_cannot_be_had_is_no_dead_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = ProcessPoolExecutor.submit
+
+    def submit(pool: ProcessPoolExecutor, *task: Any) -> Any:
+        if task[1] == 2:
+            raise BlockingIOError("no more processes")
+        return plain(pool, *task)
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", submit)
+    done = workers.share(worker_tasks.square, range(5), workers=2)
+    assert [next(done)[1], next(done)[1]] == [0, 1]
+    with pytest.raises(BlockingIOError, match="no more processes"):
+        next(done)
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

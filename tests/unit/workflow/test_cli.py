@@ -271,15 +271,18 @@ def test_a_stopped_stage_says_with_which_command_it_goes_on(
 
 @pytest.mark.fault("K12")
 def test_the_7b_without_a_gpu_says_what_it_needs(
-    place: Path, capsys: pytest.CaptureFixture[str]
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
+    monkeypatch.setattr("sevenfold.workflow.thresholds._find", lambda path: None)
     assert cli.execute(["run", "--preset", "7b", "--dry-run"]) == 2
     printed = capsys.readouterr()
     assert "plan of pretrain" in printed.out
+    assert "before anything trains: data/pretrain/wikitext2_valid.txt, data/" in printed.out
+    assert "data/safety/xstest_prompts.csv" in printed.out
     assert "no GPU on this machine: 7.39 B parameters need" in printed.err
     assert list(place.iterdir()) == []
 
@@ -385,6 +388,10 @@ def test_a_dry_run_on_several_gpus_keeps_the_precision(
     assert cli.execute(["sft", "--no-fp8", "--set", "seed=4", "--dry-run"]) == 0
     expected = ["sft", "--dry-run", "--preset", "demo", "--no-fp8", "--set", "seed=4"]
     assert started == [expected]
+    # All stages of a run are planned by the processes together; a script's is its own.
+    assert cli.execute(["run", "--dry-run", "--from", "sft"]) == 0
+    expected = ["run", "--from", "sft", "--until", "lora", "--dry-run", "--preset", "demo"]
+    assert started[1:] == [expected]
 
 
 def quick(command: list[str], *, code: int) -> str:

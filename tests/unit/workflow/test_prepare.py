@@ -363,7 +363,7 @@ def test_pairs_longer_than_the_model_reads_are_made_for_its_context(village: Run
     prepared.require_current(run, recipe, "dpo")
     for other, now in ((48, 48), (128, None)):  # at 128 the pair's own bound is all there is
         recipe.model.max_seq_len = other
-        said = rf"data/dpo: made with context 64, now it is {now}; .*08_prep"
+        said = rf"data/dpo: made with a bound .*max_seq_len. of 64, now it is {now}; .*08_prep"
         with pytest.raises(UsageError, match=said):
             prepared.require_current(run, recipe, "dpo")
 
