@@ -88,9 +88,9 @@ class Checkpoints:
         if needed > free:
             raise UsageError(
                 f"{self.folder}: {count} checkpoints of {size_bytes / 2**30:.2f} GiB (those kept "
-                f"and one being written, or all of a short run) need {needed / 2**30:.2f} GiB "
-                f"more, {free / 2**30:.2f} GiB are free; set a smaller keep_checkpoints, or choose a "
-                "--run folder on a larger disk"
+                "and one being written, or all of a short run) need "
+                f"{needed / 2**30:.2f} GiB more, {free / 2**30:.2f} GiB are free; set a smaller "
+                "keep_checkpoints, or choose a --run folder on a larger disk"
             )
 
     def reserve(self, parts: Parts) -> None:
