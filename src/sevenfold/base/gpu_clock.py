@@ -29,7 +29,7 @@ REASONS = {
     0x40: "temperature_alarm",
     0x80: "power_brake",
 }
-# An H100 at work runs into its power limit all the time; from these somebody should free it.
+# GPUs at full work usually are at their power limit; from these somebody should free them.
 WRONG = 0x8 | 0x20 | 0x40 | 0x80
 # The name of the field that holds them, and the one that drivers before 535 know.
 FIELDS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
