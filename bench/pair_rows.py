@@ -2,8 +2,9 @@
 
     PYTHONPATH=src python bench/pair_rows.py
 
-The benchmark's own pairs in rows of three lengths; then a million drawn lengths against the bounds
-of a pair (`dpo.data.max_length`, its prompt twice) and of an answer with its prompt (the context).
+The benchmark's own pairs in rows of three lengths; how much hangs on which pairs are drawn, and so
+on how many; then a million drawn lengths against the bounds of a pair (`dpo.data.max_length`, its
+prompt twice) and of an answer with its prompt (the context).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from sevenfold.data.packing import PackedPreferences
 from sevenfold.data.random_rows import ANSWER, PROMPT, random_preferences
 
 CONTEXT, BATCH, SEED = 2048, 131_072, 1
+DRAWS, SEEDS = (1 << 19, 1 << 22, 1 << 24), (7, 1, 2)
 ROWS, STEPS, BOUNDS, DRAWN = (2048, 4096, 8192), (2, 5, 40), (2048, 4096), 1_000_000
 
 
@@ -29,6 +31,20 @@ def main() -> None:
                 pairs, length, pad_id=0, seed=SEED, share_prompts=True, packing="tight"
             )
             print_raw(f"{steps} steps, rows of {length}: {packed.fill:.1%} no padding\n")
+    for tokens in DRAWS:
+        drawn = [
+            random_preferences(
+                tokens, CONTEXT, vocab_size=9, seed=seed, share_prompts=True, packing="tight"
+            )
+            for seed in SEEDS
+        ]
+        fills = ", ".join(f"{each.fill:.1%}" for each in drawn)
+        pairs_a_step = [len(d.preferences) * BATCH / (d.num_rows * CONTEXT) for d in drawn]
+        steps_of = ", ".join(f"{count:.1f}" for count in pairs_a_step)
+        print_raw(
+            f"{drawn[0].num_rows} rows of {CONTEXT} and as many by other seeds: {fills} no "
+            f"padding; {steps_of} pairs a step\n"
+        )
     generator = np.random.default_rng(SEED)
     prompt, chosen, rejected = (
         generator.lognormal(*kind, DRAWN) for kind in (PROMPT, ANSWER, ANSWER)

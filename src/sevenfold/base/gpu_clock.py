@@ -1,7 +1,7 @@
 """What NVIDIA's driver says of this process's GPU: its power limit, its clock, what slows it.
 
-A GPU that is too hot or short of power runs at a third of its speed without an error, so whoever
-measures or trains looks at its clock meanwhile.
+A GPU that is too hot or short of power runs at half of its clock or less (NVML's reference, "HW
+slowdown") without an error, so whoever measures or trains looks at its clock meanwhile.
 """
 
 from __future__ import annotations
