@@ -78,6 +78,10 @@ class ClockWatch(threading.Thread):
         }
         return [name for name, count in often.items() if count and 2 * count >= len(self._bits)]
 
+    def forget(self) -> None:
+        """Answer from what is seen from now on: a program that is being compiled works little."""
+        self._clocks_mhz, self._bits = [], []
+
     def run(self) -> None:
         """Look until it is over, or nobody answers."""
         failures = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -46,10 +46,18 @@ class Stopwatch(Clock):
     the GPU reaches the next mark. Waiting for data is then the time that the GPU stood still.
     """
 
-    def __init__(self, num_steps: int, *, device: torch.device, warm_up: int = 0):
-        """Measure ``num_steps``; peak memory counts from the one after ``warm_up`` on."""
+    def __init__(
+        self,
+        num_steps: int,
+        *,
+        device: torch.device,
+        warm_up: int = 0,
+        when_warm: Callable[[], None] = reset_peak_memory,
+    ):
+        """Measure ``num_steps``, and call ``when_warm`` after the first ``warm_up`` of them."""
         self.num_steps = num_steps
         self.warm_up = warm_up
+        self.when_warm = when_warm
         self._on_gpu = device.type == "cuda"
         self._marks: list[tuple[str, Any]] = []
 
@@ -70,7 +78,7 @@ class Stopwatch(Clock):
         with contextlib.closing(batches):
             for number in range(self.num_steps):
                 if number == self.warm_up:
-                    reset_peak_memory()
+                    self.when_warm()
                 self.mark(WAIT)
                 batch = next(batches)
                 self.mark(COMPUTE)

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,12 @@ from sevenfold.base import records, storage
 from sevenfold.base.config import to_plain
 from sevenfold.base.errors import DivergedError, StoppedError
 from sevenfold.base.gpu_clock import ClockWatch
-from sevenfold.base.hardware import OOMHandler, detect_gpu_type, peak_memory_gib
+from sevenfold.base.hardware import (
+    OOMHandler,
+    detect_gpu_type,
+    peak_memory_gib,
+    reset_peak_memory,
+)
 from sevenfold.data.batches import Batches
 from sevenfold.data.packing import PackedConversations, PackedPreferences
 from sevenfold.data.random_rows import RandomRows, random_conversations, random_preferences
@@ -237,14 +242,23 @@ def make_bench(
     )
 
 
-def train(bench: loop.Workbench, num_steps: int, *, warm_up: int = 0) -> list[dict[str, float]]:
+def train(
+    bench: loop.Workbench,
+    num_steps: int,
+    *,
+    warm_up: int = 0,
+    when_warm: Callable[[], None] = reset_peak_memory,
+) -> list[dict[str, float]]:
     """Train ``num_steps`` by `loop.fit` and return the seconds of each phase of each step.
+
+    After the first ``warm_up`` of them ``when_warm`` is called, for what is measured beside time.
 
     Errors:
         DivergedError: a step was skipped, so its time is not that of a step.
         StoppedError: a signal came; nothing is kept.
     """
-    watch = Stopwatch(num_steps, device=bench.processes.device, warm_up=warm_up)
+    device = bench.processes.device
+    watch = Stopwatch(num_steps, device=device, warm_up=warm_up, when_warm=when_warm)
     bench.clock = watch
     try:
         with contextlib.suppress(TimeIsUp):
@@ -270,7 +284,12 @@ def measure(trial: Trial, length: int, *, num_steps: int) -> Measured:
     rows = random_rows(trial.recipe, trial.stage, trial.config, length=length, num_steps=whole)
     bench = make_bench(trial, length, num_steps=whole, rows=rows)
     with ClockWatch(LOOK_EVERY_S) as clock:
-        steps = train(bench, whole, warm_up=WARM_UP)
+
+        def begin() -> None:
+            reset_peak_memory()
+            clock.forget()
+
+        steps = train(bench, whole, warm_up=WARM_UP, when_warm=begin)
     warm = steps[WARM_UP:]
     return Measured(
         first_step_s=totals(steps)[0],

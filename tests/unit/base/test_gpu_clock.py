@@ -89,6 +89,12 @@ def test_two_looks_with_a_pause_between_are_not_in_a_row(
     assert not caplog.records
 
 
+def test_what_is_forgotten_is_not_in_the_answer(say: Say) -> None:
+    clock = watch(say, AT_WORK, AT_WORK)
+    clock.forget()
+    assert (clock.sm_clock_mhz, clock.slowed_by) == (None, [])
+
+
 def test_a_few_failures_are_not_the_end(say: Say, caplog: pytest.LogCaptureFixture) -> None:
     clock = watch(say, AT_WORK, *[""] * (gpu_clock.MOST_FAILURES - 1), TOO_HOT, TOO_HOT)
     assert clock.sm_clock_mhz == 345

@@ -247,6 +247,26 @@ def test_a_skipped_step_is_no_measurement(tried: trial.Trial) -> None:
         trial.measure(tried, LENGTH, num_steps=1)
 
 
+def test_the_clock_is_that_of_the_measured_steps(
+    tried: trial.Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU that waits for the compiler has its highest clock, and is not at work."""
+    trained_before: list[int] = []
+
+    class Watch(trial.ClockWatch):
+        def forget(self) -> None:
+            trained_before.append(made[0].step)
+
+    made: list[Any] = []
+    make = trial.make_bench
+    monkeypatch.setattr(trial, "ClockWatch", Watch)
+    monkeypatch.setattr(
+        trial, "make_bench", lambda *given, **more: made.append(make(*given, **more)) or made[0]
+    )
+    trial.measure(tried, LENGTH, num_steps=2)
+    assert trained_before == [trial.WARM_UP]
+
+
 def test_a_signal_ends_it_and_nothing_is_kept(tried: trial.Trial) -> None:
     made = trial.make_bench(tried, LENGTH, num_steps=3)
 
