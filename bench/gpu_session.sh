@@ -5,8 +5,7 @@
 #     bash bench/gpu_session.sh FILE [model] [memory] [resume-tests] [parallel] [checkpoint]
 #                                    [bf16] [bf16-cheap] [fp8] [fp8-layers] [fp8-tests]
 #                                    [fp8-torchao] [autotune]
-#                                    [optimizer] [resume] [dpo] [trl] [last-mlp]
-#                                    [torchtitan]
+#                                    [optimizer] [resume] [dpo] [trl] [torchtitan]
 #
 # A GPU that is much slower than its kind is told by bench/gpu_speed.py first; then nothing is done.
 # Tests take SIGTERM for a wish to save and go on to the next, so a part that is out of time is
@@ -103,23 +102,19 @@ part() {
         bench 590 resume "${preset[@]}" --length 2048 "${fp8[@]}" --set pretrain.micro_batch=4 \
             --set pretrain.tokens_per_batch=8192
         ;;
-    # On an H100 14.8 pairs/s with rows of one context, bf16; 15.3 were predicted of rows of two, and
-    # 5.6 found, on a GPU whose clock nobody had looked at.
+    # On an H100 14.2 pairs/s with rows of one context and 14.5 with the preset's of two, bf16; 21.2
+    # and, on another, 21.6 in FP8.
     dpo)
-        local two=(--set dpo.data.max_length=4096
-            --set 'dpo.train.contexts=[{length: 4096, until: 1.0}]')
+        local one=(--set dpo.data.max_length=2048
+            --set 'dpo.train.contexts=[{length: 2048, until: 1.0}]')
         for precision in bf16 fp8; do
             bench 150 dpo "${preset[@]}" --steps 2 --set dpo.train.precision=$precision
-            bench 150 dpo "${preset[@]}" --steps 2 --set dpo.train.precision=$precision "${two[@]}"
+            bench 150 dpo "${preset[@]}" --steps 2 --set dpo.train.precision=$precision "${one[@]}"
         done
         ;;
-    # With TRL 1.16 installed, its steps as long as ours. Predicted: 3.8 times TRL's pairs in bf16.
+    # With TRL 1.16 installed, its steps as long as ours. On an H100 14.6 and 3.96 pairs/s.
     trl)
         measure 400 "$python" bench/peers/trl_peer.py dpo "${preset[@]}" --steps 2 --micro-batch 1
-        ;;
-    # Predicted: 0.9 % more of LoRA and SFT, 0.6 % of DPO.
-    last-mlp)
-        for stage in lora sft dpo; do measure 200 "$python" bench/last_mlp.py $stage --steps 3; done
         ;;
     # On two GPUs or more, with torchtitan 0.2.2 installed: the preset's way, torchtitan and the ratio,
     # then ours set to what torchtitan does. On two H200s, a GPU: 13,049, 12,268 and (predicted)
