@@ -29,47 +29,50 @@ from sevenfold.workflow import cli
 
 FORCE = ["--force", "the table shows what each stage gained and what it cost"]
 TRAINING = [*FORCE, "--enable-oom-recovery"]
+RUN = ["--run", "run"]
 
 
 def main() -> None:
     """Do it all, and print the table."""
-    model, data, folder = (Path(argument).resolve() for argument in sys.argv[1:4])
-    folder.mkdir(parents=True, exist_ok=True)
-    os.chdir(folder)
-    if not Path("data").exists():
-        Path("data").symlink_to(data)
-    pairs = [json.dumps(row, ensure_ascii=False) for row in preferences.shuffled(data)]
-    storage.write_text(Path("preferences.jsonl"), "\n".join([*pairs, ""]))
-    do("sft", "--start-from", str(model), *TRAINING)
-    show("sft")
+    model, data, folder, *flags = sys.argv[1:]
+    begin(model, data, folder, flags)
+    show("sft", flags)
     for stage in ("dpo", "lora"):
-        do(stage, *TRAINING)
-        show(stage)
-    do("report", "run", flags=[])
+        do(stage, *TRAINING, *RUN, *flags)
+        show(stage, flags)
+    do("report", "run")
     sys.stdout.write(Path("table.md").read_text(encoding="utf-8"))
 
 
-def do(*command: str, flags: list[str] | None = None, refusal: bool = False) -> None:
+def begin(model: str, data: str, folder: str, flags: list[str]) -> None:
+    """Go into the folder, write the pairs, and train the first stage."""
+    start_from, source = Path(model).resolve(), Path(data).resolve()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
+    if not Path("data").exists():
+        Path("data").symlink_to(source)
+    pairs = [json.dumps(row, ensure_ascii=False) for row in preferences.shuffled(source)]
+    storage.write_text(Path("preferences.jsonl"), "\n".join([*pairs, ""]))
+    preset = [] if Path("run/run.json").exists() else ["--preset", "smollm2"]
+    do("sft", "--start-from", str(start_from), *TRAINING, *RUN, *preset, *flags)
+
+
+def do(*command: str, refusal: bool = False) -> None:
     """Do one command; end with its exit code if it fails, unless that is a gate's ``refusal``."""
     started = time.monotonic()
-    more = sys.argv[4:] if flags is None else flags
-    if flags is None:
-        more = ["--run", "run", *more]
-    if not Path("run/run.json").exists():
-        more = ["--preset", "smollm2", *more]
     release_memory()
     # Without compiled layers FlexAttention is compiled alone, for eight kinds of rows at most.
     torch.compiler.reset()
-    code = cli.execute([*command, *more])
+    code = cli.execute(list(command))
     sys.stderr.write(f"== {command[0]}: exit {code}, {time.monotonic() - started:.0f} s\n")
     if code and not (refusal and code == GateRefusedError.exit_code):
         sys.exit(code)
 
 
-def show(stage: str) -> None:
+def show(stage: str, flags: list[str]) -> None:
     """Measure and judge a stage, and write the table as far as it is known."""
-    do("evaluate", stage)
-    do("check", stage, refusal=True)
+    do("evaluate", stage, *RUN, *flags)
+    do("check", stage, *RUN, *flags, refusal=True)
     storage.write_text(Path("table.md"), table.table(Path("run")))
 
 

@@ -45,6 +45,8 @@ HISTORY_LENGTH = 16
 # Backward passes until scales without a history hold: the first finds those of the layers' outputs,
 # whose gradients come along the residual stream, the second those before them, the third all anew.
 ROUNDS = 3
+# How much larger than what was seen inputs may become before their held scales change.
+HELD_ROOM = 2.0
 # Layers of a decoder that get the same input.
 SAME_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 NAME = "float8"
@@ -191,6 +193,7 @@ class Scalings(nn.Module):
         self._cast_of: dict[Float8Linear, tuple[int, int, bool]] = {}
         self._scales_of = -1
         self._has_history = False
+        self._held: Tensor | None = None
         empty = torch.zeros(len(self._scalings), HISTORY_LENGTH, dtype=torch.float32)
         self.register_buffer("history", empty.to(linears[0].weight.device))
 
@@ -228,6 +231,17 @@ class Scalings(nn.Module):
         self.history.copy_(torch.cat([self.history[:, 1:], noted[:, None]], dim=1))
         self.begin()
 
+    def hold_inputs(self, amax: Tensor) -> None:
+        """See :func:`hold_inputs`."""
+        self._held = amax.to(self.history) * HELD_ROOM
+        self._scales_of = -1
+        for scaling in self._scalings[: self._num_inputs]:
+            scaling.held = True
+
+    def inputs_of_last_step(self) -> Tensor:
+        """Return the largest magnitudes [inputs] that the last step noted."""
+        return self.history[: self._num_inputs, -1].clone()
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Compute the scales and cast the weights that have changed since this was done last."""
@@ -243,9 +257,9 @@ class Scalings(nn.Module):
             self._cast_of = present
 
     def _set_scales(self) -> None:
-        amax = self.history.amax(dim=1)
+        inputs, gradients = self.history.amax(dim=1).split([self._num_inputs, len(self._linears)])
         kinds = self._scalings[0].dtype, self._scalings[-1].dtype
-        parts = amax.split([self._num_inputs, len(self._linears)])
+        parts = (inputs if self._held is None else inputs.maximum(self._held)), gradients
         scales = torch.cat([scale_for(part, kind) for part, kind in zip(parts, kinds, strict=True)])
         for name, values in (("scale", scales), ("inverse", 1 / scales)):
             targets = [getattr(scaling, name) for scaling in self._scalings]
@@ -323,6 +337,22 @@ def forget_history(model: nn.Module) -> None:
     """Start again without scales."""
     if scalings := _scalings_of(model):
         scalings.forget()
+
+
+def inputs_of_last_step(model: nn.Module) -> Tensor | None:
+    """Return the largest magnitudes of inputs [inputs] in the last step; None without our FP8."""
+    scalings = _scalings_of(model)
+    return None if scalings is None else scalings.inputs_of_last_step()
+
+
+def hold_inputs(model: nn.Module, amax: Tensor) -> None:
+    """Cast inputs by one scale each from now on, with gradients or without.
+
+    It leaves room for twice ``amax`` [inputs]; only where a step sees more, it follows as ever.
+    So what is scored without gradients, once, rounds as it does in each later pass.
+    """
+    if scalings := _scalings_of(model):
+        scalings.hold_inputs(amax)
 
 
 def has_history(model: nn.Module) -> bool:

@@ -8,7 +8,8 @@ its tensor, so that a compiler can fuse the cast with whatever computes the valu
   that of a frozen weight also as its transpose, which each backward pass reads;
 - inputs and gradients are cast with the scale that earlier steps found (delayed scaling), while
   their largest magnitude is noted for later ones; values beyond the range are set to its end;
-- where no gradients are wanted, inputs are cast with the scale that their own values ask for.
+- where no gradients are wanted, inputs are cast with the scale that their own values ask for,
+  unless their scales are held: what is to be compared must round alike (`float8.hold_inputs`).
 
 Infinities become NaN, so that no cast hides them.
 
@@ -106,7 +107,8 @@ class Scaling(nn.Module):
     """How one tensor, or several that are the same, is brought into FP8: scale and its inverse.
 
     ``amax`` is the largest magnitude seen in this step; seeing the same values again, as when
-    activations are recomputed, does not change it. Each is a tensor of its own, not a part of a
+    activations are recomputed, does not change it. ``held``: nothing is cast by any other scale,
+    with gradients or without. Each is a tensor of its own, not a part of a
     larger one, so that compiled layers can change it in place.
     """
 
@@ -118,6 +120,7 @@ class Scaling(nn.Module):
         """Start with scale 1."""
         super().__init__()
         self.dtype = dtype
+        self.held = False
         for name, value in (("scale", 1.0), ("inverse", 1.0), ("amax", 0.0)):
             start = torch.tensor(value, dtype=torch.float32, device=device)
             self.register_buffer(name, start, persistent=False)
@@ -241,7 +244,7 @@ class Float8Linear(nn.Linear):
         An adapter's ``inner_nr @ up_or.T`` is added where it is given, not in FP8.
         """
         input_ni = input.reshape(-1, self.in_features)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.input_scaling.held:
             scale, inverse = self.input_scaling.scale, self.input_scaling.inverse
         else:
             scale = scale_for(largest(input_ni), E4M3)

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from sevenfold.data.batches import ANSWER, PAIR, Batch
 from sevenfold.data.packing import PackedPreferences
+from sevenfold.model import float8
 from sevenfold.objective.next_token import Objective, SummedLoss
 
 
@@ -157,6 +158,32 @@ def preference_objective(
         length_normalized=length_normalized,
     )
     return Objective(weigh=count_examples, total=total)
+
+
+def input_magnitudes(
+    scorer: nn.Module,
+    rows: PackedPreferences,
+    *,
+    num_rows: int,
+    micro_batch: int,
+    device: torch.device,
+    autocast: AbstractContextManager[Any],
+) -> NDArray[np.float32] | None:
+    """Return the largest magnitudes [inputs] that FP8 has to cast in some rows; None without FP8.
+
+    Seen by passes as training does them, that of the first rows often enough for its scales.
+    """
+    for _ in range(float8.ROUNDS):
+        float8.begin_step(scorer)
+        for start in range(0, min(num_rows, rows.num_rows), micro_batch):
+            indices = np.arange(start, min(start + micro_batch, rows.num_rows))
+            batch = rows.batch(indices, rows.row_length).to(device)
+            with autocast:
+                scorer(batch)
+        float8.end_step(scorer)
+    found = float8.inputs_of_last_step(scorer)
+    float8.forget_history(scorer)
+    return None if found is None else found.cpu().numpy()
 
 
 @torch.no_grad()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,14 +19,22 @@ from sevenfold.base.config import fingerprint
 from sevenfold.base.errors import SevenfoldError
 from sevenfold.base.hardware import OOMHandler, detect_gpu_type, release_memory
 from sevenfold.data.packing import PackedPreferences, Preference
-from sevenfold.model import llama
+from sevenfold.model import float8, llama
 from sevenfold.objective.next_token import Objective, Scorer
-from sevenfold.objective.preference import preference_objective, reference_scores
+from sevenfold.objective.preference import (
+    input_magnitudes,
+    preference_objective,
+    reference_scores,
+)
 from sevenfold.train import parallel
 from sevenfold.workflow import training, workbench
 from sevenfold.workflow.recipe import DPOConfig, Recipe
 
 log = logging.getLogger(__name__)
+
+# Beside the log-probabilities: what FP8's inputs reached when they were computed.
+MAGNITUDES = "input_magnitudes.npy"
+_T = TypeVar("_T")
 
 
 def dpo(run: records.Run, recipe: Recipe, options: training.StageOptions) -> None:
@@ -89,7 +100,8 @@ def preference_rows(job: training.Job) -> tuple[PackedPreferences, PackedPrefere
 def refer(job: training.Job, scorer: Scorer, parts: dict[str, PackedPreferences]) -> None:
     """Give every pair the reference model's log-probabilities, computed once and kept.
 
-    What is stored under another key, or is damaged, is computed again.
+    What is stored under another key, or is damaged, is computed again. In FP8 the scales by which
+    they were computed are those of training, too, so that both round alike.
     """
     key = reference_key(job, scorer)
     folder = job.folder / "reference"
@@ -97,21 +109,29 @@ def refer(job: training.Job, scorer: Scorer, parts: dict[str, PackedPreferences]
         _set_aside_if_damaged(folder, parts)
     job.processes.wait()
     if (folder / storage.MANIFEST).is_file() and storage.read_manifest(folder).get("key") == key:
+        if (folder / MAGNITUDES).is_file():
+            float8.hold_inputs(scorer, torch.from_numpy(storage.read_array(folder / MAGNITUDES)))
         for name, rows in parts.items():
             rows.reference_n2 = storage.read_array(folder / f"{name}.npy")
         return
+    magnitudes = _with_fewer_rows(job, functools.partial(_magnitudes, job, scorer, parts["train"]))
+    if magnitudes is not None:
+        float8.hold_inputs(scorer, torch.from_numpy(magnitudes))
     scores = {}
     for name, rows in parts.items():
-        scores[name] = rows.reference_n2 = _scores(job, scorer, rows)
+        found = _with_fewer_rows(job, functools.partial(_scores, job, scorer, rows))
+        scores[name] = rows.reference_n2 = found
     if job.processes.is_main:
         with storage.new_folder(folder, kind="reference", key=key) as new:
             for name, array in scores.items():
                 storage.write_array(new / f"{name}.npy", array)
+            if magnitudes is not None:
+                storage.write_array(new / MAGNITUDES, magnitudes)
     job.processes.wait()
 
 
-def _scores(job: training.Job, scorer: Scorer, rows: PackedPreferences) -> NDArray[np.float32]:
-    """Score the answers; where memory runs out, with fewer rows at a time.
+def _with_fewer_rows(job: training.Job, work: Callable[[int], _T]) -> _T:
+    """Do ``work`` with as many rows at a time as training; where memory runs out, with fewer.
 
     Errors:
         MemoryExhaustedError: recovery is off, several processes score together, or one row alone
@@ -121,15 +141,38 @@ def _scores(job: training.Job, scorer: Scorer, rows: PackedPreferences) -> NDArr
     memory = OOMHandler(job.config.rows_at_once, enabled=recovery)
     while True:
         with contextlib.suppress(torch.OutOfMemoryError):
-            return reference_scores(
-                scorer,
-                rows,
-                micro_batch=memory.micro_batch,
-                device=job.processes.device,
-                autocast=parallel.autocast(job.config, job.processes),
-            )
+            return work(memory.micro_batch)
         memory.halve({"phase": "reference", "seq_len": job.config.longest_context})
         release_memory()
+
+
+def _magnitudes(
+    job: training.Job, scorer: Scorer, rows: PackedPreferences, micro_batch: int
+) -> NDArray[np.float32] | None:
+    """Return what FP8's inputs reach in a batch; None if nothing computes in it."""
+    if job.config.precision != "fp8":
+        return None
+    return input_magnitudes(
+        scorer,
+        rows,
+        num_rows=job.config.tokens_per_batch // rows.row_length,
+        micro_batch=micro_batch,
+        device=job.processes.device,
+        autocast=parallel.autocast(job.config, job.processes),
+    )
+
+
+def _scores(
+    job: training.Job, scorer: Scorer, rows: PackedPreferences, micro_batch: int
+) -> NDArray[np.float32]:
+    """Score the answers."""
+    return reference_scores(
+        scorer,
+        rows,
+        micro_batch=micro_batch,
+        device=job.processes.device,
+        autocast=parallel.autocast(job.config, job.processes),
+    )
 
 
 def reference_key(job: training.Job, scorer: Scorer) -> str:
@@ -146,6 +189,7 @@ def reference_key(job: training.Job, scorer: Scorer) -> str:
         "share_prompts": job.recipe.dpo.share_prompts,
         "seed": job.recipe.seed,
         "precision": job.config.precision,
+        "held_room": float8.HELD_ROOM,
         "weights": job.config.weights,
         "deterministic": job.config.deterministic,
         "compile": job.config.compile,

@@ -20,7 +20,15 @@ from sevenfold.base.hardware import (
     setup_torch_backends,
 )
 from sevenfold.data.batches import Batch, Batches, RowSource
-from sevenfold.model import accumulating, attention, float8, four_bits, kernels, llama
+from sevenfold.model import (
+    accumulating,
+    attention,
+    float8,
+    four_bits,
+    kernels,
+    llama,
+    rounded_weights,
+)
 from sevenfold.model.config import KernelConfig, from_hf
 from sevenfold.objective.agreement import require_agreement
 from sevenfold.objective.next_token import Objective, Scorer
@@ -81,6 +89,9 @@ def load_scorer(job: Job) -> Scorer:
         require_agreement(Scorer(model, kernel="plain"))
     if is_small:
         freeze(model, config, job.processes)
+    if job.processes.is_main and config.precision in ("fp8", "fp8_torchao") and job.stage != "lora":
+        names = [f"{name}.weight" for name in sorted(float8.float8_names(model))]
+        rounded_weights.spread(map(model.get_parameter, names), job.recipe.seed)
     return make_scorer(model, config, kernel)
 
 

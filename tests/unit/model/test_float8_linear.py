@@ -253,6 +253,39 @@ def test_without_gradients_the_own_scale_serves_and_nothing_is_noted() -> None:
     assert float(model.gate_proj.input_scaling.amax) == 0
 
 
+def test_held_scales_round_alike_whatever_stands_beside() -> None:
+    """An input's own scale depends on what else is in it, and so do its smallest numbers."""
+    model = converted()
+    torch.manual_seed(1)
+    small, large = torch.randn(8, 32), torch.randn(8, 32) * 30
+    both = torch.cat([small, large])
+    step(model, both)
+    with torch.no_grad():
+        assert not torch.equal(model(small), model(both)[:8])
+    amax = float8.inputs_of_last_step(model)
+    assert amax is not None
+    assert both.abs().max() in amax
+    float8.hold_inputs(model, amax)
+    with torch.no_grad():
+        alone, beside = model(small), model(both)[:8]
+    assert torch.equal(alone, beside)
+    assert torch.equal(alone, model(small).detach())
+    # A step with less, or a little more, changes nothing; one with more is in range all the same.
+    for factor, same in ((0.01, True), (1.2, True), (100.0, False)):
+        step(model, both * factor)
+        found = model(small).detach()
+        assert torch.equal(alone, found) is same
+        assert bool(model(both * factor).isfinite().all())
+    float8.forget_history(model)
+    assert torch.equal(alone, model(small).detach())
+
+
+def test_nothing_is_held_where_nothing_is_in_fp8() -> None:
+    model = Twice()
+    assert float8.inputs_of_last_step(model) is None
+    float8.hold_inputs(model, torch.ones(2))
+
+
 def change_by_the_optimizer(model: nn.Module) -> None:
     """Its fused kernel is one of those whose changes PyTorch does not count by itself."""
     config = OptimizerConfig(

@@ -19,6 +19,7 @@ from tests.unit.workflow.forked import kill_everywhere
 from sevenfold.base import records, storage
 from sevenfold.base.errors import MemoryExhaustedError, UsageError
 from sevenfold.data.packing import PackedPreferences, Preference
+from sevenfold.model import float8
 from sevenfold.model.config import LoRAAdapterConfig
 from sevenfold.model.lora import add_adapter
 from sevenfold.objective.next_token import Scorer
@@ -97,6 +98,28 @@ def test_training_starts_at_ln_2_with_margins_of_zero(job: Any, kind: str) -> No
         tolerance = 1e-3 if kind == "bf16" else 1e-6
         assert float(summed.total.detach()) / 3 == pytest.approx(math.log(2), abs=tolerance)
         assert float(summed.extras["margin"]) == pytest.approx(0.0, abs=tolerance)
+
+
+@pytest.mark.fault("C19", "I01")
+def test_in_fp8_the_scales_are_kept_with_what_was_computed_by_them(
+    job: Any, computed: list[str]
+) -> None:
+    job.config = dataclasses.replace(job.config, precision="fp8")
+    found = []
+    for _ in range(2):
+        scorer = make_scorer()
+        float8.convert_to_float8(scorer.model, emulate=True)
+        rows = refer(job, scorer)
+        batch = rows.batch(np.arange(rows.num_rows), 16)
+        with parallel.autocast(job.config, job.processes):
+            loss = preference_objective(beta=0.1, nll_weight=0.0).total(scorer, batch)
+        assert float(loss.total.detach()) / 3 == pytest.approx(math.log(2), abs=1e-6)
+        found.append(rows.reference_n2)
+    assert computed == ["computed"] * 2
+    assert np.array_equal(*found)
+    (job.folder / "reference" / dpo.MAGNITUDES).unlink()
+    refer(job, scorer)
+    assert computed == ["computed"] * 4
 
 
 @pytest.mark.fault("C19")

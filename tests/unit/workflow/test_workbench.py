@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.unit.toy_scorer import make_scorer
 from torch._functorch import config as functorch
 
 from sevenfold.base.errors import UsageError
+from sevenfold.model import float8
 from sevenfold.model.config import KernelConfig
 from sevenfold.train import parallel
 from sevenfold.workflow import cli, training, workbench
@@ -181,3 +183,42 @@ def test_kernels_for_llama_are_refused_on_another_family() -> None:
     workbench.require_effect(KernelConfig(liger=False, cce=True), "qwen2")
     with pytest.raises(UsageError, match=r"on model type 'qwen2'; set kernels\.liger=false"):
         workbench.require_effect(wanted, "qwen2")
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "weights", "expected"),
+    [
+        ("dpo", "fp8", "fp32", True),
+        ("dpo", "fp8_torchao", "fp32", True),
+        ("dpo", "fp8", "bf16", False),
+        ("dpo", "bf16", "fp32", False),
+        ("lora", "fp8", "fp32", False),  # the base stays what it was
+    ],
+)
+def test_weights_stored_in_bf16_and_trained_in_fp32_do_not_jump_in_fp8(
+    stage: str,
+    precision: str,
+    weights: str,
+    expected: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stored = make_scorer().causal_model.bfloat16()
+    stored.save_pretrained(tmp_path)
+    for name in ("convert_to_float8", "convert_with_torchao"):
+        monkeypatch.setattr(float8, name, lambda *_, **__: None)
+    _, recipe = recipes.resolve(overrides=["kernels.liger=false", "kernels.cce=false"])
+    job: Any = types.SimpleNamespace(
+        stage=stage,
+        recipe=recipe,
+        config=dataclasses.replace(recipe.dpo.train, precision=precision, weights=weights),  # type: ignore[arg-type]
+        source=types.SimpleNamespace(folder=tmp_path, external=False),
+        processes=parallel.join(),
+    )
+    loaded = workbench.load_scorer(job).causal_model
+    casts = float8.float8_names(loaded)
+    for name, before in stored.named_parameters():
+        found = loaded.get_parameter(name)
+        is_moved = not torch.equal(found.float(), before.float())
+        assert is_moved is (expected and name.removesuffix(".weight") in casts), name
+        assert torch.equal(found.bfloat16(), before)
