@@ -173,6 +173,7 @@ def input_magnitudes(
 
     Seen by passes as training does them, that of the first rows often enough for its scales.
     """
+    scorer.train()
     for _ in range(float8.ROUNDS):
         float8.begin_step(scorer)
         for start in range(0, min(num_rows, rows.num_rows), micro_batch):
