@@ -46,7 +46,7 @@ def main() -> None:
         for precision in precisions:
             train(Path(options.folder), precision, options.only, flags)
         return
-    program = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:3], "."]
+    program = [sys.executable, str(Path(__file__).resolve()), options.model, options.data, "."]
     program += [part for precision in precisions for part in ("--precision", precision)] + flags
     whole.begin(options.model, options.data, options.folder, flags)
     running = [subprocess.Popen([*program, "--only", str(seed)]) for seed in range(options.seeds)]
@@ -68,7 +68,9 @@ def train(where: Path, precision: str, seed: int, flags: list[str]) -> None:
     """Train DPO from the SFT model that all share, and measure it."""
     target = folder(where, precision, seed)
     if not target.exists():
-        shutil.copytree(where / "run", target)
+        begun = target.with_suffix(".begun")
+        shutil.copytree(where / "run", begun, dirs_exist_ok=True)
+        begun.rename(target)
     changed = ["--set", f"seed={seed}", "--set", f"dpo.train.precision={precision}"]
     told = ["--run", str(target), *flags, *changed]
     whole.do("dpo", *whole.TRAINING, *told)
