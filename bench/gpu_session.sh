@@ -114,7 +114,8 @@ part() {
         ;;
     # With TRL 1.16 installed, its steps as long as ours. On an H100 14.6 and 3.96 pairs/s.
     trl)
-        measure 400 "$python" bench/peers/trl_peer.py dpo "${preset[@]}" --steps 2 --micro-batch 1
+        measure 400 "$python" bench/peers/trl_peer.py dpo "${preset[@]}" --steps 2 --micro-batch 1 \
+            --set dpo.train.precision=bf16
         ;;
     # On two GPUs or more, with torchtitan 0.2.2 installed: the preset's way, torchtitan and the ratio,
     # then ours set to what torchtitan does. On two H200s, a GPU: 13,049, 12,268 and (predicted)
