@@ -34,6 +34,10 @@ log = logging.getLogger(__name__)
 
 # Beside the log-probabilities: what FP8's inputs reached when they were computed.
 MAGNITUDES = "input_magnitudes.npy"
+TORCHAOS_SCALES = (
+    "dpo: torchao's FP8 casts by scales of the rows that are computed together, so margins begin "
+    "some nats from 0; --no-fp8 begins at 0, and so does FP8 of whole weights (precision fp8)"
+)
 _T = TypeVar("_T")
 
 
@@ -149,7 +153,9 @@ def _with_fewer_rows(job: training.Job, work: Callable[[int], _T]) -> _T:
 def _magnitudes(
     job: training.Job, scorer: Scorer, rows: PackedPreferences, micro_batch: int
 ) -> NDArray[np.float32] | None:
-    """Return what FP8's inputs reach in a batch; None if nothing computes in it."""
+    """Return what FP8's inputs reach in a batch; None if nothing is cast by held scales."""
+    if job.config.precision == "fp8_torchao" and job.processes.is_main:
+        log.warning(TORCHAOS_SCALES)
     if job.config.precision != "fp8":
         return None
     return input_magnitudes(

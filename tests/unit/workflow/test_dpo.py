@@ -122,6 +122,15 @@ def test_in_fp8_the_scales_are_kept_with_what_was_computed_by_them(
     assert computed == ["computed"] * 4
 
 
+@pytest.mark.parametrize("precision", ["fp8", "fp8_torchao", "bf16"])
+def test_scales_that_depend_on_the_batch_are_warned_of(
+    job: Any, scorer: Scorer, precision: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    job.config = dataclasses.replace(job.config, precision=precision)
+    refer(job, scorer)
+    assert (dpo.TORCHAOS_SCALES in caplog.messages) is (precision == "fp8_torchao")
+
+
 @pytest.mark.fault("C19")
 def test_what_was_computed_is_read_again(job: Any, scorer: Scorer, computed: list[str]) -> None:
     first = refer(job, scorer).reference_n2
