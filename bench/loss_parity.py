@@ -142,7 +142,8 @@ def train_variant(options: argparse.Namespace, model_name: str, variant: str, nu
     emulated = options.rehearse and config.precision == "fp8" and not torch.cuda.is_available()
     if emulated:
         config = dataclasses.replace(config, precision="bf16")
-    tried = build(recipe, training.decide(config), emulated=emulated, seed=recipe.seed + number)
+    decided = training.decide(config, stage="pretrain")
+    tried = build(recipe, decided, emulated=emulated, seed=recipe.seed + number)
     bench = put_on_bench(tried, options.rows, steps, Printed(), whole=not options.rehearse)
     count = bench.validation[0].num_rows
     print_line({"event": "built", "seconds": time.perf_counter() - started, "held_out_rows": count})

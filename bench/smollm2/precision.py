@@ -2,14 +2,15 @@
 
     PYTHONPATH=src python bench/smollm2/precision.py MODEL DATA FOLDER [--seeds N] [FLAGS...]
 
-As run.py up to SFT. Then DPO of that one model, with several seeds (which draw the order and what
-is held out) in each precision, all seeds at the same time, and everything that is measured of DPO.
+As run.py up to SFT. Then DPO of that one model, with several seeds (which draw the order of the
+pairs) in each precision, all seeds at the same time, and everything that is measured of DPO.
 The runs of one precision say how far apart chance alone puts them. Prints a table in Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import statistics
 import subprocess
@@ -23,11 +24,12 @@ import table
 from sevenfold.base import storage
 
 PRECISIONS = ("bf16", "fp8")
+STEPS = ("loss", "margin", "kl")
 TITLES = {
     "validation_loss": "loss of the pairs held out",
-    "accuracy": "last step: pairs told apart",
-    "margin": "last step: margin of their rewards",
-    "kl": "last step: divergence, nats a token",
+    "loss": "logged steps: loss",
+    "margin": "logged steps: margin of the rewards",
+    "kl": "logged steps: divergence, nats a token",
     **{name: title for name, title in table.METRICS.items() if "merge" not in name},
 }
 
@@ -78,11 +80,14 @@ def train(where: Path, precision: str, seed: int, flags: list[str]) -> None:
 
 
 def measured(run: Path) -> dict[str, float]:
-    """Return what is known of a run's DPO: by its last step and by its evaluation."""
+    """Return what is known of a run's DPO: by its steps and by its evaluation."""
+    lines = (run / "dpo" / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
+    steps = [json.loads(line) for line in lines if line]
+    means = {name: statistics.mean(step[name] for step in steps) for name in STEPS}
     last = storage.read_json(run / "dpo" / "record.json")["metrics"]
     facts: dict[str, Any] = storage.read_json(run / "dpo" / "evaluation.json")["metrics"]
     values = {name: each["value"] for name, each in facts.items()}
-    return {name: value for name, value in {**last, **values}.items() if name in TITLES}
+    return {name: value for name, value in {**last, **means, **values}.items() if name in TITLES}
 
 
 def compared(found: dict[str, list[dict[str, float]]]) -> str:

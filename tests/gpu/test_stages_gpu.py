@@ -91,7 +91,6 @@ def test_stopped_twice_a_stage_ends_with_the_same_model(
     assert json.loads((run / stage / "record.json").read_text())["bit_identical"] is True
 
 
-@pytest.mark.fault("I01")
 def test_dpo_in_compiled_fp8_begins_where_its_reference_is(unbroken: Path, tmp_path: Path) -> None:
     """By the same held scales the same layers round alike, in passes with gradients and without."""
     shutil.copytree(unbroken, tmp_path / "copy")
@@ -99,6 +98,7 @@ def test_dpo_in_compiled_fp8_begins_where_its_reference_is(unbroken: Path, tmp_p
     without(run, "dpo")
     done = sevenfold("dpo", "--run", run, "--fp8", "--set", "dpo.train.log_every=1")
     assert done.returncode == 0, done.stderr
+    assert json.loads((run / "dpo" / "record.json").read_text())["config"]["precision"] == "fp8"
     first = json.loads((run / "dpo" / "metrics.jsonl").read_text().partition("\n")[0])
     assert abs(first["margin"]) < 1e-4
     assert abs(first["kl"]) < 1e-4

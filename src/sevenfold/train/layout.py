@@ -19,17 +19,24 @@ PLANNED_SHARE = 0.9
 
 
 def precision_on(
-    config: TrainConfig, gpu: GPUInfo, *, num_gpus: int, per_node: int | None = None
+    config: TrainConfig,
+    gpu: GPUInfo,
+    *,
+    num_gpus: int,
+    per_node: int | None = None,
+    compares: bool = False,
 ) -> Precision:
     """Return what a stage's precision comes to on ``num_gpus`` of a kind, in nodes of ``per_node``.
 
-    ``auto`` is what the kind is best at; FP8 is ours where GPUs may keep whole weights.
+    ``auto`` is what the kind is best at; FP8 is ours where GPUs may keep whole weights. A stage
+    that ``compares`` with scores from before takes torchao's, which depends on what is computed
+    together, only where FP8 is asked for.
     """
     found = config.precision
     if found == "auto":
         found = "fp8" if gpu["supports_fp8"] else "bf16" if gpu["num_gpus"] else "fp32"
     if found == "fp8" and num_gpus > 1 and not _may_keep_whole(config, found, num_gpus, per_node):
-        return "fp8_torchao"
+        return "bf16" if compares and config.precision == "auto" else "fp8_torchao"
     return found
 
 

@@ -92,7 +92,8 @@ def bench(options: argparse.Namespace) -> None:
     # A folder that holds no run: what is measured is the preset, not what was made of it once.
     run, recipe = recipes.resolve(options.preset, options.config, options.set, folder / "none")
     stage = options.what if options.what in TRAINING else "pretrain"
-    config = choosing.for_trial(recipe, stage, training.decide(train_config(recipe, stage)))
+    decided = training.decide(train_config(recipe, stage), stage=stage)
+    config = choosing.for_trial(recipe, stage, decided)
     if options.what == "optimizer":
         config = dataclasses.replace(config, compile="none")
     asked = Bench(

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 MAGNITUDES = "input_magnitudes.npy"
 TORCHAOS_SCALES = (
     "dpo: torchao's FP8 casts by scales of the rows that are computed together, so margins begin "
-    "some nats from 0; --no-fp8 begins at 0, and so does FP8 of whole weights (precision fp8)"
+    "some nats from 0; with --no-fp8 they begin at 0, as in FP8 on one node with bf16 weights"
 )
 _T = TypeVar("_T")
 

@@ -108,7 +108,9 @@ def _laid_out(
         recipe,
         stage,
         config,
-        precision=layout.precision_on(config, gpu, num_gpus=num_gpus, per_node=per_node),
+        precision=layout.precision_on(
+            config, gpu, num_gpus=num_gpus, per_node=per_node, compares=stage == "dpo"
+        ),
         world_size=num_gpus,
         per_node=per_node,
         on_gpu=gpu["num_gpus"] > 0,
@@ -231,7 +233,7 @@ def require_room(run: Run, recipe: Recipe, stage: str, start_from: Path | None =
 
 def _require_computable(recipe: Recipe, stage: str) -> None:
     """Refuse a precision, or four bits, that cannot be had here."""
-    decide(train_config(recipe, stage))
+    decide(train_config(recipe, stage), stage=stage)
     if stage == "lora" and recipe.lora.base == "nf4":
         from sevenfold.workflow.workbench import require_four_bits
 
@@ -272,7 +274,7 @@ def _rehearse(recipe: Recipe, planned: StagePlan) -> None:
     from sevenfold.workflow.rehearsal import rehearse
 
     stage, plan = planned.stage, planned.plan
-    config = decide(planned.config)
+    config = decide(planned.config, stage=stage)
     predicted = {part.seq_len: part.peak_gib for part in plan.memory}
     measured = {int(row["seq_len"]): row for row in rehearse(recipe, stage, config)}
     rows = [

@@ -74,7 +74,7 @@ def goes_on(folder: Path, options: StageOptions) -> bool:
     return options.resume and bool(checkpoint.Checkpoints(folder / CHECKPOINTS, keep=1).steps())
 
 
-def decide(config: TrainConfig) -> TrainConfig:
+def decide(config: TrainConfig, *, stage: str) -> TrainConfig:
     """Replace ``auto`` by what this machine's GPU is best at.
 
     Errors:
@@ -87,7 +87,9 @@ def decide(config: TrainConfig) -> TrainConfig:
     num_gpus, per_node = processes.world, processes.per_node
     if num_gpus == 1:
         num_gpus = per_node = max(1, gpu["num_gpus"])
-    precision = layout.precision_on(config, gpu, num_gpus=num_gpus, per_node=per_node)
+    precision = layout.precision_on(
+        config, gpu, num_gpus=num_gpus, per_node=per_node, compares=stage == "dpo"
+    )
     if compile_mode == "auto":
         compile_mode = gpu["compile_mode"]  # type: ignore[assignment]
     if precision == "fp8_torchao" != config.precision:
@@ -228,7 +230,7 @@ def open_job(
         run.stage(stage),
         recipe,
         stage,
-        decide(config),
+        decide(config, stage=stage),
         model_folder=source.folder,
         processes=processes,
         keep=options.resume,

@@ -115,6 +115,8 @@ def test_which_fp8_several_gpus_train(
 ) -> None:
     train = dataclasses.replace(with_weights(weights), precision=asked)
     assert precision_on(train, H100, num_gpus=num_gpus, per_node=per_node) == expected
+    found = precision_on(train, H100, num_gpus=num_gpus, per_node=per_node, compares=True)
+    assert found == (expected if expected != "fp8_torchao" else "bf16")
 
 
 def test_in_words() -> None:

@@ -233,7 +233,9 @@ def test_what_is_planned_is_what_is_trained(
     monkeypatch.setattr(parallel, "join", lambda: processes)
     monkeypatch.setattr(float8, "require_float8", lambda torchao: None)
     recipe = recipes.resolve("7b", None, [f"pretrain.precision={precision}"], Path("unused"))[1]
-    config = choosing.for_trial(recipe, "pretrain", training.decide(recipe.pretrain))
+    config = choosing.for_trial(
+        recipe, "pretrain", training.decide(recipe.pretrain, stage="pretrain")
+    )
     held = choosing.laid_out(recipe, "pretrain", config, recipe.model, processes)
     assert held.replicated is whole
     assert (config.micro_batch, config.recompute) == (planned.config.micro_batch, False)

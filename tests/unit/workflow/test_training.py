@@ -129,21 +129,26 @@ def test_gpus_that_keep_whole_weights_train_our_fp8(
     monkeypatch.setattr(training, "detect_gpu_type", lambda: gpu)
     monkeypatch.setattr(float8, "require_float8", lambda *, torchao: None)
     config = dataclasses.replace(CONFIG, precision="fp8", weights=weights)
-    assert training.decide(config).precision == decided
+    assert training.decide(config, stage="pretrain").precision == decided
 
 
 @pytest.mark.parametrize(
-    ("asked", "num_gpus", "decided"),
+    ("stage", "asked", "num_gpus", "decided"),
     [
-        ("auto", 1, "fp8"),
-        ("fp8", 1, "fp8"),
-        ("auto", 4, "fp8_torchao"),
-        ("fp8", 4, "fp8_torchao"),
-        ("fp8_torchao", 1, "fp8_torchao"),
-        ("bf16", 4, "bf16"),
+        ("sft", "auto", 1, "fp8"),
+        ("sft", "fp8", 1, "fp8"),
+        ("sft", "auto", 4, "fp8_torchao"),
+        ("sft", "fp8", 4, "fp8_torchao"),
+        ("sft", "fp8_torchao", 1, "fp8_torchao"),
+        ("sft", "bf16", 4, "bf16"),
+        # Its reference and it would round differently.
+        ("dpo", "auto", 4, "bf16"),
+        ("dpo", "fp8", 4, "fp8_torchao"),
+        ("dpo", "auto", 1, "fp8"),
     ],
 )
 def test_several_gpus_train_fp8_by_the_recipe_that_can_be_sharded(
+    stage: str,
     asked: Any,
     num_gpus: int,
     decided: str,
@@ -161,10 +166,11 @@ def test_several_gpus_train_fp8_by_the_recipe_that_can_be_sharded(
     required: list[bool] = []
     monkeypatch.setattr(float8, "require_float8", lambda *, torchao: required.append(torchao))
     config = dataclasses.replace(CONFIG, precision=asked)
-    found = training.decide(config)
+    found = training.decide(config, stage=stage)
     assert found.precision == decided
     settings = training._settings({"train": CONFIG, "beta": 1}, config, found)
-    assert settings["precision"] == (asked if asked != "auto" else "fp8")
+    stored = decided if asked == decided else decided.removesuffix("_torchao")
+    assert settings["precision"] == stored
     assert (settings["beta"], settings["micro_batch"]) == (1, config.micro_batch)
     assert required == ([decided == "fp8_torchao"] if "fp8" in decided else [])
     assert ("torchao's recipe" in caplog.text) is (num_gpus > 1 and "fp8" in decided)

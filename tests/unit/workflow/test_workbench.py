@@ -151,7 +151,7 @@ def test_cheap_recomputation_without_compiling_is_refused() -> None:
         overrides=["pretrain.recompute=cheap", "pretrain.compile=none", "pretrain.precision=bf16"]
     )
     with pytest.raises(UsageError, match="cheap is torch.compile's.*set recompute to false or"):
-        training.decide(recipe.pretrain)
+        training.decide(recipe.pretrain, stage="pretrain")
 
 
 def test_four_bits_train_on_one_gpu() -> None:
