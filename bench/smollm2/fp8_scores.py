@@ -2,11 +2,12 @@
 
     PYTHONPATH=src python bench/smollm2/fp8_scores.py MODEL RUN/data/dpo/rows [--rows N]
 
-Two tables. The first: log-probabilities of answers by inputs' own scales (as a reference without
+Three tables. The first: log-probabilities of answers by inputs' own scales (as a reference without
 held ones would have them), by those of earlier steps (as training has them), and by held ones,
 against exact products and against each other. The second: what one step of the same size for every
 weight, along the gradient of DPO, changes in the margins of one row, for weights in fp32 as they
-were stored, drawn anew within their rounding, and in bf16 rounded stochastically.
+were stored, drawn anew within their rounding, and in bf16 rounded stochastically. The third:
+torchao's FP8, whose scales are those of what is computed together: several rows, and one by one.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ def scorer_of(folder: Path, *, fp8: bool, weights: dict[str, Tensor] | None = No
     return Scorer(float8.convert_to_float8(model, emulate=True) if fp8 else model, kernel="plain")
 
 
-def scores(scorer: Scorer, rows: PackedPreferences) -> Tensor:
+def scores(scorer: Scorer, rows: PackedPreferences, *, together: int = 1) -> Tensor:
     """Return log-probabilities [pairs, 2] as a reference gets them."""
-    return torch.from_numpy(reference_scores(scorer, rows, micro_batch=1, **CPU))
+    return torch.from_numpy(reference_scores(scorer, rows, micro_batch=together, **CPU))
 
 
 def scores_in_training(scorer: Scorer, rows: PackedPreferences) -> Tensor:
@@ -108,8 +109,19 @@ def step(folder: Path, rows: PackedPreferences) -> None:
             )
 
 
+def torchaos(folder: Path, rows: PackedPreferences, exact: Tensor) -> None:
+    """Print what torchao's FP8 makes of rows that are computed together."""
+    model = llama.load_model(folder, attn_implementation=attention.IMPLEMENTATION)
+    scorer = Scorer(float8.convert_with_torchao(model, emulate=True), kernel="plain")
+    alone = scores(scorer, rows)
+    apart("torchao's FP8, one by one, from exact", alone, exact)
+    for together in range(2, rows.num_rows + 1, 2):
+        found = scores(scorer, rows, together=together)
+        apart(f"torchao's FP8, {together} rows together, from one by one", found, alone)
+
+
 def main() -> None:
-    """Print both tables."""
+    """Print all tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("pairs", type=Path)
@@ -141,6 +153,8 @@ def main() -> None:
     apart("FP8, held scales, in training", scores_in_training(scorer, rows), held)
     print_raw("\n| weights | step | margins, exact | FP8 | error |\n| --- |" + " ---: |" * 4 + "\n")
     step(options.model, some(packs[:1]))
+    print_raw("\n| scores | answers apart by | margins |\n| --- | ---: | ---: |\n")
+    torchaos(options.model, rows, exact)
 
 
 if __name__ == "__main__":
